@@ -1,0 +1,242 @@
+"""Blobs, layouts and the digest index: what the store holds, and which tensors can be reused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import Connection, select
+
+from registry.catalog.rows import batches, ids_by_digest, insert_missing
+from registry.catalog.tables import blob, blob_tensors, component, layout, layout_tensor, target, tensor_index
+from registry.catalog.tables import version_blob as version_blob_table
+from registry.core.adapter_names import Target
+from registry.core.digest import index_prefix, pack_digests, unpack_digests
+from registry.core.errors import InUse
+from registry.core.layout import Layout, TensorSpec
+from registry.core.placement import unpack_entries
+
+INDEX_MIN_BYTES = 4096
+"""Adapter tensors below this are not worth an index row; bases and checkpoints index every tensor."""
+
+
+@dataclass(frozen=True)
+class NewBlob:
+    """A blob that a version needs, with its tensors if it is a safetensors file.
+
+    Attributes:
+        index_all: index small tensors too.
+    """
+
+    digest: str
+    size: int
+    layout: Layout | None = None
+    tensors: tuple[str, ...] = ()
+    index_all: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where one tensor lies: the blob's digest and the tensor's ordinal there."""
+
+    blob: str
+    ordinal: int
+
+
+def register_layouts(connection: Connection, layouts: Iterable[tuple[Layout, Sequence[Target]]]) -> dict[str, int]:
+    """Row ids of layouts by digest; a new layout gets its tensors and targets."""
+    wanted = {one.digest: (one, targets) for one, targets in layouts}
+    ordered = sorted(wanted)
+    known = ids_by_digest(connection, layout, ordered)
+    missing = [digest for digest in ordered if digest not in known]
+    if not missing:
+        return known
+    insert_missing(
+        connection,
+        layout,
+        [
+            {
+                "digest": digest,
+                "tensors": len(wanted[digest][0]),
+                "parameters": wanted[digest][0].parameters,
+                "nbytes": wanted[digest][0].nbytes,
+            }
+            for digest in missing
+        ],
+    )
+    known = ids_by_digest(connection, layout, ordered)
+    for digest in missing:
+        one, targets = wanted[digest]
+        for batch in batches(enumerate(one)):
+            insert_missing(
+                connection,
+                layout_tensor,
+                [
+                    {
+                        "layout_id": known[digest],
+                        "position": position,
+                        "name": spec.name,
+                        "dtype": spec.dtype,
+                        "shape": ",".join(map(str, spec.shape)),
+                    }
+                    for position, spec in batch
+                ],
+            )
+        for few in batches(targets):
+            insert_missing(
+                connection,
+                target,
+                [
+                    {
+                        "layout_id": known[digest],
+                        "module": one_target.module,
+                        "kind": one_target.kind,
+                        "rank": one_target.rank,
+                        "in_features": one_target.in_features,
+                        "out_features": one_target.out_features,
+                    }
+                    for one_target in few
+                ],
+            )
+    return known
+
+
+def read_layout(connection: Connection, layout_id: int) -> Layout:
+    rows = connection.execute(
+        select(layout_tensor.c.name, layout_tensor.c.dtype, layout_tensor.c.shape)
+        .where(layout_tensor.c.layout_id == layout_id)
+        .order_by(layout_tensor.c.position)
+    )
+    return Layout(
+        tuple(
+            TensorSpec(row.name, row.dtype, tuple(map(int, row.shape.split(","))) if row.shape else ()) for row in rows
+        )
+    )
+
+
+def register_blobs(
+    connection: Connection, blobs: Iterable[NewBlob], layout_ids: Mapping[str, int], at: datetime
+) -> dict[str, int]:
+    """Row ids of blobs by digest; new ones are registered as present, with their tensors indexed.
+
+    Raises:
+        InUse: `gc` is deleting one of them; the caller puts the bytes again and retries.
+    """
+    wanted = {one.digest: one for one in blobs}
+    ordered = sorted(wanted)
+    before = ids_by_digest(connection, blob, ordered)
+    insert_missing(
+        connection,
+        blob,
+        [
+            {
+                "digest": digest,
+                "size": new.size,
+                "state": "present",
+                "layout_id": None if new.layout is None else layout_ids[new.layout.digest],
+                "created_at": at,
+            }
+            for digest, new in sorted(wanted.items())
+            if digest not in before
+        ],
+    )
+    ids: dict[str, int] = {}
+    for batch in batches(ordered):
+        rows = connection.execute(
+            select(blob.c.digest, blob.c.id, blob.c.state)
+            .where(blob.c.digest.in_(batch))
+            .order_by(blob.c.digest)
+            .with_for_update(read=True)
+        )
+        for digest, identifier, state in rows:
+            if state == "deleting":
+                raise InUse(f"blob {digest} is being deleted by gc; push again")
+            ids[digest] = identifier
+    for digest, new in sorted(wanted.items()):
+        if digest not in before and new.layout is not None:
+            _index_tensors(connection, ids[digest], new, new.layout)
+    return ids
+
+
+def _index_tensors(connection: Connection, blob_id: int, new: NewBlob, its_layout: Layout) -> None:
+    insert_missing(
+        connection,
+        blob_tensors,
+        [
+            {
+                "blob_id": blob_id,
+                "digests": pack_digests(new.tensors),
+            }
+        ],
+    )
+    rows: dict[int, int] = {}
+    for ordinal, (spec, digest) in enumerate(zip(its_layout, new.tensors, strict=True)):
+        if spec.nbytes >= (1 if new.index_all else INDEX_MIN_BYTES):
+            rows.setdefault(index_prefix(digest), ordinal)
+    for batch in batches(sorted(rows)):
+        # One holder a tensor: a digest that thousands of blobs share (a matrix of zeros) stays one row.
+        known = set(connection.execute(select(tensor_index.c.prefix).where(tensor_index.c.prefix.in_(batch))).scalars())
+        insert_missing(
+            connection,
+            tensor_index,
+            [
+                {"prefix": prefix, "blob_id": blob_id, "ordinal": rows[prefix]}
+                for prefix in batch
+                if prefix not in known
+            ],
+        )
+
+
+def find_tensors(connection: Connection, digests: Iterable[str]) -> dict[str, StoredTensor]:
+    """Stored tensors that are bit-equal to the given digests, as far as the index knows them."""
+    wanted = {index_prefix(digest): digest for digest in digests}
+    hits: list[tuple[str, int, int]] = []
+    for batch in batches(sorted(wanted)):
+        rows = connection.execute(
+            select(tensor_index.c.prefix, tensor_index.c.blob_id, tensor_index.c.ordinal)
+            .join(blob, blob.c.id == tensor_index.c.blob_id)
+            .where(tensor_index.c.prefix.in_(batch), blob.c.state == "present")
+        )
+        hits += [(wanted[prefix], blob_id, ordinal) for prefix, blob_id, ordinal in rows]
+    stored = _tensors_of_blobs(connection, {blob_id for _, blob_id, _ in hits})
+    found = {}
+    for digest, blob_id, ordinal in hits:
+        blob_digest, digests_there = stored[blob_id]
+        if digests_there[ordinal] == digest:
+            found[digest] = StoredTensor(blob_digest, ordinal)
+    return found
+
+
+def tensors_of_version(connection: Connection, version_id: int) -> dict[str, StoredTensor]:
+    """Every tensor of a version by digest, with where it lies."""
+    positions = {
+        row.position: row.blob_id
+        for row in connection.execute(
+            select(version_blob_table.c.position, version_blob_table.c.blob_id).where(
+                version_blob_table.c.version_id == version_id
+            )
+        )
+    }
+    stored = _tensors_of_blobs(connection, set(positions.values()))
+    found: dict[str, StoredTensor] = {}
+    for row in connection.execute(
+        select(component.c.digests, component.c.placement).where(component.c.version_id == version_id)
+    ):
+        entries = unpack_entries(bytes(row.placement))
+        for digest, (position, ordinal) in zip(unpack_digests(bytes(row.digests)), entries, strict=True):
+            found.setdefault(digest, StoredTensor(stored[positions[position]][0], ordinal))
+    return found
+
+
+def _tensors_of_blobs(connection: Connection, blob_ids: Iterable[int]) -> dict[int, tuple[str, tuple[str, ...]]]:
+    found = {}
+    for batch in batches(sorted(blob_ids)):
+        rows = connection.execute(
+            select(blob.c.id, blob.c.digest, blob_tensors.c.digests)
+            .join(blob_tensors, blob_tensors.c.blob_id == blob.c.id)
+            .where(blob.c.id.in_(batch))
+        )
+        for row in rows:
+            found[row.id] = (row.digest, unpack_digests(bytes(row.digests)))
+    return found

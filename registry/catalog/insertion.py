@@ -1,0 +1,248 @@
+"""The rows of a new version: one function, called within the transaction that holds its name's lock."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from hashlib import sha256
+from typing import Any
+
+import rfc8785
+from sqlalchemy import Connection, insert
+
+from registry.catalog import tables
+from registry.catalog.blobs import NewBlob, register_blobs, register_layouts
+from registry.catalog.lineage import add_edges
+from registry.catalog.names import LockedName
+from registry.catalog.rows import batches, ids_by_digest, insert_missing
+from registry.catalog.search import version_order
+from registry.catalog.versions import VersionKey
+from registry.core.adapter_config import AdapterConfig, canonical_config
+from registry.core.adapter_names import Target, targets_of
+from registry.core.digest import pack_digests
+from registry.core.errors import InvalidQuery
+from registry.core.findings import Finding
+from registry.core.layout import Layout
+from registry.core.manifest import Manifest
+from registry.core.placement import Placement, pack_entries
+
+MAIN_ROLES = ("adapter", "model")
+"""The component whose layout is the version's own: the first of these that it has."""
+
+
+@dataclass(frozen=True)
+class NewVersion:
+    """Everything that a version's rows say.
+
+    Attributes:
+        parents: (relation, row id, weight); the base comes as `base_id` and becomes `trained_on` by itself.
+        environment: what was captured at the push, see docs/format.md.
+        peft_version: that wrote the adapter; None: unknown.
+    """
+
+    manifest: Manifest
+    content_digest: str
+    layouts: Mapping[str, Layout]
+    targets: Sequence[Target]
+    config: AdapterConfig | None
+    placement: Placement
+    blobs: Sequence[NewBlob]
+    base_id: int | None
+    parents: Sequence[tuple[str, int, float | None]]
+    bytes_new: int
+    peft_version: str | None
+    environment: Mapping[str, Any]
+    message: str | None
+    findings: Sequence[Finding]
+    created_by: str
+    created_at: datetime
+
+
+def insert_version(name: LockedName, new: NewVersion) -> VersionKey:
+    """Gives the version its number and inserts all of its rows and its `pushed` event.
+
+    Raises:
+        InUse: gc is deleting one of its blobs.
+        LineageCycle
+    """
+    connection = name.connection
+    # Shared rows first and in the order of their digests, so that two pushes never wait for each other in a ring.
+    layout_ids = register_layouts(connection, _layouts(new))
+    config_id = _register_config(connection, new)
+    blob_ids = register_blobs(connection, new.blobs, layout_ids, new.created_at)
+    number = name.next_number()
+    main = next((role for role in MAIN_ROLES if role in new.layouts), None)
+    row_id = connection.execute(
+        insert(tables.version)
+        .values(
+            artifact_id=name.id,
+            number=number,
+            manifest_digest=new.manifest.digest,
+            content_digest=new.content_digest,
+            kind=new.manifest.kind,
+            state="present",
+            layout_id=None if main is None else layout_ids[new.layouts[main].digest],
+            lora_config_id=config_id,
+            base_id=new.base_id,
+            size=sum(file.size for file in new.manifest.files),
+            bytes_new=new.bytes_new,
+            peft_version=new.peft_version,
+            peft_order=_order(new.peft_version),
+            torch_version=new.environment.get("torch_version"),
+            python_version=new.environment.get("python_version"),
+            git_commit=new.environment.get("git_commit"),
+            git_dirty=new.environment.get("git_dirty"),
+            message=new.message,
+            created_by=new.created_by,
+            created_at=new.created_at,
+        )
+        .returning(tables.version.c.id)
+    ).scalar_one()
+    key = VersionKey(row_id, name.id, number, new.manifest.digest)
+    _insert_parts(connection, key.id, new, layout_ids, blob_ids)
+    edges = [*new.parents] if new.base_id is None else [("trained_on", new.base_id, None), *new.parents]
+    add_edges(connection, key.id, edges)
+    _insert_findings(connection, key.id, new.findings)
+    payload = {
+        "manifest": new.manifest.digest,
+        "content": new.content_digest,
+        "environment": dict(new.environment),
+        "peft_version": new.peft_version,
+        "message": new.message,
+        "bytes_new": new.bytes_new,
+        "placement": new.placement.to_json(),
+    }
+    name.append("pushed", payload, actor=new.created_by, at=new.created_at, version=(key.id, number))
+    return key
+
+
+def _layouts(new: NewVersion) -> list[tuple[Layout, Sequence[Target]]]:
+    wanted: list[tuple[Layout, Sequence[Target]]] = []
+    for role, layout in new.layouts.items():
+        # A layout's rows are shared by versions with different configs, so they follow from the names alone.
+        wanted.append((layout, targets_of(layout, None)[0] if role == "adapter" else ()))
+    known = {layout.digest for layout, _ in wanted}
+    wanted += [(blob.layout, ()) for blob in new.blobs if blob.layout is not None and blob.layout.digest not in known]
+    return wanted
+
+
+def _insert_parts(
+    connection: Connection,
+    version_id: int,
+    new: NewVersion,
+    layout_ids: Mapping[str, int],
+    blob_ids: Mapping[str, int],
+) -> None:
+    for batch in batches(enumerate(new.placement.blobs)):
+        connection.execute(
+            insert(tables.version_blob),
+            [
+                {"version_id": version_id, "position": position, "blob_id": blob_ids[digest], "role": role}
+                for position, (digest, role) in batch
+            ],
+        )
+    connection.execute(
+        insert(tables.component),
+        [
+            {
+                "version_id": version_id,
+                "role": part.role,
+                "layout_id": layout_ids[part.layout],
+                "digests": pack_digests(part.tensors),
+                "placement": pack_entries(new.placement.components[part.role]),
+            }
+            for part in new.manifest.components
+        ],
+    )
+    for files in batches(new.manifest.files):
+        connection.execute(
+            insert(tables.version_file),
+            [
+                {
+                    "version_id": version_id,
+                    "path": file.path,
+                    "sha256": file.sha256,
+                    "size": file.size,
+                    "role": file.component,
+                    "blob_position": new.placement.files[file.path].blob,
+                    "whole": new.placement.files[file.path].whole,
+                }
+                for file in files
+            ],
+        )
+
+
+def _insert_findings(connection: Connection, version_id: int, findings: Sequence[Finding]) -> None:
+    for batch in batches(enumerate(findings)):
+        connection.execute(
+            insert(tables.finding),
+            [
+                {
+                    "version_id": version_id,
+                    "position": position,
+                    "code": finding.code,
+                    "severity": finding.severity,
+                    "subject": finding.subject,
+                    "message": finding.message,
+                    "expected": finding.expected,
+                    "found": finding.found,
+                    "mend": finding.mend,
+                }
+                for position, finding in batch
+            ],
+        )
+
+
+def _register_config(connection: Connection, new: NewVersion) -> int | None:
+    """Row id of the adapter's configuration; of one made from the shapes where none came with it."""
+    if new.manifest.kind != "adapter":
+        return None
+    row: dict[str, Any]
+    config = new.config
+    if config is None:
+        ranks = {target.rank for target in new.targets if target.rank}
+        row = {"peft_type": "LORA" if ranks else "UNKNOWN", "r": ranks.pop() if len(ranks) == 1 else None}
+        identity: dict[str, Any] = {"without_config": True, **row}
+        targets: tuple[str, ...] = ()
+    else:
+        row = {
+            "peft_type": config.peft_type,
+            "r": config.r,
+            "lora_alpha": config.lora_alpha,
+            "lora_dropout": config.lora_dropout,
+            "use_rslora": config.use_rslora,
+            "use_dora": config.use_dora,
+            "lora_bias": config.lora_bias,
+            "bias": config.bias,
+            "init_lora_weights": config.init_lora_weights,
+            "fan_in_fan_out": config.fan_in_fan_out,
+            "task_type": config.task_type,
+            "base_model": config.base_model,
+            "document": json.dumps(config.document, sort_keys=True),
+        }
+        identity = {"config": canonical_config(config), "peft_version": config.peft_version}
+        given = config.target_modules
+        targets = (given,) if isinstance(given, str) else tuple(given or ())
+    digest = sha256(rfc8785.dumps(identity)).hexdigest()
+    known = ids_by_digest(connection, tables.lora_config, [digest])
+    if digest in known:
+        return known[digest]
+    insert_missing(connection, tables.lora_config, [{"digest": digest, **row}])
+    config_id = ids_by_digest(connection, tables.lora_config, [digest])[digest]
+    for batch in batches(dict.fromkeys(targets)):
+        insert_missing(
+            connection, tables.lora_target, [{"lora_config_id": config_id, "target": target} for target in batch]
+        )
+    return config_id
+
+
+def _order(version: str | None) -> int | None:
+    if version is None:
+        return None
+    try:
+        return version_order(version)
+    except InvalidQuery:
+        # A recorded version that is no version stays visible as text and compares as unknown.
+        return None

@@ -1,0 +1,293 @@
+"""Versions: making one, finding the one that a reference names, and reading them as records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, and_, func, select
+from sqlalchemy.sql.elements import ColumnElement
+
+from registry.catalog.names import name_id
+from registry.catalog.rows import batches
+from registry.catalog.tables import artifact, event, finding, lora_config, tag, version
+from registry.core.errors import InvalidReference, TagNotFound, VersionNotFound
+from registry.core.event import read_payload
+from registry.core.reference import Reference
+
+
+class VersionKey(NamedTuple):
+    """A version's row id and number, with its digest."""
+
+    id: int
+    artifact_id: int
+    number: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class VersionRecord:
+    """A version as the catalog knows it, without its tensors.
+
+    Attributes:
+        digest: of the manifest, hex.
+        base: `namespace/name@number` of the base version, if one was declared.
+        target_modules: as configured: sorted names, or one regular expression.
+        peft_version: that wrote the adapter; None: unknown.
+        size: bytes of its files.
+        bytes_new: bytes that its push added to the store.
+        findings: how many findings of severity error and warning its push recorded.
+    """
+
+    id: int
+    namespace: str
+    artifact_name: str
+    number: int
+    digest: str
+    content_digest: str
+    kind: str
+    tags: tuple[str, ...]
+    base: str | None
+    base_digest: str | None
+    base_model: str | None
+    peft_type: str | None
+    r: int | None
+    lora_alpha: float | None
+    lora_dropout: float | None
+    use_rslora: bool | None
+    use_dora: bool | None
+    target_modules: tuple[str, ...] | str | None
+    peft_version: str | None
+    torch_version: str | None
+    python_version: str | None
+    git_commit: str | None
+    git_dirty: bool | None
+    layout_id: int | None
+    size: int
+    bytes_new: int
+    message: str | None
+    created_by: str
+    created_at: datetime
+    findings: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.namespace}/{self.artifact_name}"
+
+    @property
+    def reference(self) -> str:
+        return f"{self.name}@{self.number}"
+
+
+def version_by_digest(connection: Connection, artifact_id: int, digest: str) -> VersionKey | None:
+    """The version of a name that has this manifest, also a removed one."""
+    row = connection.execute(
+        select(version.c.id, version.c.artifact_id, version.c.number, version.c.manifest_digest).where(
+            version.c.artifact_id == artifact_id, version.c.manifest_digest == digest
+        )
+    ).one_or_none()
+    return None if row is None else VersionKey(*row)
+
+
+def same_content(connection: Connection, artifact_id: int, content_digest: str, below: int) -> int | None:
+    """Number of the oldest version of a name with this content and a number below the given one."""
+    return connection.execute(
+        select(func.min(version.c.number)).where(
+            version.c.artifact_id == artifact_id,
+            version.c.content_digest == content_digest,
+            version.c.number < below,
+            version.c.state == "present",
+        )
+    ).scalar()
+
+
+def resolve(connection: Connection, reference: Reference) -> VersionKey:
+    """The version that a reference names.
+
+    Raises:
+        ArtifactNotFound, VersionNotFound, TagNotFound: each says what there is.
+        InvalidReference: a digest prefix that fits several versions.
+    """
+    artifact_id = name_id(connection, reference.namespace, reference.name)
+    if reference.tag is not None:
+        return _by_tag(connection, artifact_id, reference)
+    if reference.digest is not None:
+        return _by_digest_prefix(connection, artifact_id, reference)
+    wanted: ColumnElement[bool] = version.c.state == "present"
+    if reference.number is not None:
+        wanted = and_(wanted, version.c.number == reference.number)
+    elif reference.moment is not None:
+        wanted = and_(wanted, version.c.created_at <= reference.moment)
+    found = _first(connection, artifact_id, wanted)
+    if found is None:
+        highest = connection.execute(select(artifact.c.last_number).where(artifact.c.id == artifact_id)).scalar()
+        raise VersionNotFound(f"{reference}: no such version; the highest number of {reference.artifact} is {highest}")
+    return found
+
+
+def _first(connection: Connection, artifact_id: int, wanted: ColumnElement[bool]) -> VersionKey | None:
+    row = connection.execute(
+        select(version.c.id, version.c.artifact_id, version.c.number, version.c.manifest_digest)
+        .where(version.c.artifact_id == artifact_id, wanted)
+        .order_by(version.c.number.desc())
+        .limit(1)
+    ).one_or_none()
+    return None if row is None else VersionKey(*row)
+
+
+def _by_tag(connection: Connection, artifact_id: int, reference: Reference) -> VersionKey:
+    if reference.moment is not None:
+        identifier = _tag_at(connection, artifact_id, reference)
+    else:
+        identifier = connection.execute(
+            select(tag.c.version_id).where(tag.c.artifact_id == artifact_id, tag.c.name == reference.tag)
+        ).scalar()
+    found = None if identifier is None else _first(connection, artifact_id, version.c.id == identifier)
+    if found is None:
+        tags = connection.execute(
+            select(tag.c.name).where(tag.c.artifact_id == artifact_id).order_by(tag.c.name).limit(20)
+        ).scalars()
+        known = ", ".join([*tags, "latest"])
+        raise TagNotFound(f"{reference}: no such tag; {reference.artifact} has {known}")
+    return found
+
+
+def _tag_at(connection: Connection, artifact_id: int, reference: Reference) -> int | None:
+    row = connection.execute(
+        select(event.c.kind, event.c.version_id)
+        .where(
+            event.c.artifact_id == artifact_id,
+            event.c.tag == reference.tag,
+            event.c.kind.in_(("tag_moved", "tag_deleted")),
+            event.c.at <= reference.moment,
+        )
+        .order_by(event.c.seq.desc())
+        .limit(1)
+    ).one_or_none()
+    return row.version_id if row is not None and row.kind == "tag_moved" else None
+
+
+def _by_digest_prefix(connection: Connection, artifact_id: int, reference: Reference) -> VersionKey:
+    prefix = reference.digest or ""
+    rows = connection.execute(
+        select(version.c.id, version.c.artifact_id, version.c.number, version.c.manifest_digest)
+        .where(
+            version.c.artifact_id == artifact_id,
+            version.c.state == "present",
+            version.c.manifest_digest.between(prefix.ljust(64, "0"), prefix.ljust(64, "f")),
+        )
+        .order_by(version.c.number)
+        .limit(5)
+    ).all()
+    if not rows:
+        raise VersionNotFound(f"{reference}: no version of {reference.artifact} has this digest")
+    if len(rows) > 1:
+        numbers = ", ".join(f"@{row.number}" for row in rows)
+        raise InvalidReference(f"{reference} is ambiguous: it fits {numbers}; give more digits")
+    return VersionKey(*rows[0])
+
+
+def records(connection: Connection, ids: Sequence[int]) -> list[VersionRecord]:
+    """The versions with these row ids, in their order."""
+    base_version = version.alias("base_version")
+    base_artifact = artifact.alias("base_artifact")
+    statement = (
+        select(
+            version,
+            artifact.c.namespace,
+            artifact.c.name.label("artifact_name"),
+            lora_config.c.peft_type,
+            lora_config.c.r,
+            lora_config.c.lora_alpha,
+            lora_config.c.lora_dropout,
+            lora_config.c.use_rslora,
+            lora_config.c.use_dora,
+            lora_config.c.base_model,
+            lora_config.c.document,
+            base_artifact.c.namespace.label("base_namespace"),
+            base_artifact.c.name.label("base_name"),
+            base_version.c.number.label("base_number"),
+            base_version.c.manifest_digest.label("base_digest"),
+        )
+        .join(artifact, artifact.c.id == version.c.artifact_id)
+        .outerjoin(lora_config, lora_config.c.id == version.c.lora_config_id)
+        .outerjoin(base_version, base_version.c.id == version.c.base_id)
+        .outerjoin(base_artifact, base_artifact.c.id == base_version.c.artifact_id)
+    )
+    found: dict[int, VersionRecord] = {}
+    for batch in batches(ids):
+        tags = tags_of(connection, batch)
+        counts = {
+            row.version_id: row.n
+            for row in connection.execute(
+                select(finding.c.version_id, func.count().label("n"))
+                .where(finding.c.version_id.in_(batch), finding.c.severity != "info")
+                .group_by(finding.c.version_id)
+            )
+        }
+        for row in connection.execute(statement.where(version.c.id.in_(batch))):
+            found[row.id] = _record(row, tags.get(row.id, ()), counts.get(row.id, 0))
+    return [found[identifier] for identifier in ids if identifier in found]
+
+
+def tags_of(connection: Connection, version_ids: Iterable[int]) -> dict[int, tuple[str, ...]]:
+    """Tags by version, sorted."""
+    found: dict[int, tuple[str, ...]] = {}
+    for batch in batches(version_ids):
+        rows = connection.execute(
+            select(tag.c.version_id, tag.c.name).where(tag.c.version_id.in_(batch)).order_by(tag.c.name)
+        )
+        for version_id, name in rows:
+            found[version_id] = (*found.get(version_id, ()), name)
+    return found
+
+
+def _record(row: Any, tags: tuple[str, ...], findings: int) -> VersionRecord:
+    targets: Any = json.loads(row.document).get("target_modules") if row.document else None
+    base = None if row.base_number is None else f"{row.base_namespace}/{row.base_name}@{row.base_number}"
+    return VersionRecord(
+        id=row.id,
+        namespace=row.namespace,
+        artifact_name=row.artifact_name,
+        number=row.number,
+        digest=row.manifest_digest,
+        content_digest=row.content_digest,
+        kind=row.kind,
+        tags=tags,
+        base=base,
+        base_digest=row.base_digest,
+        base_model=row.base_model,
+        peft_type=row.peft_type,
+        r=row.r,
+        lora_alpha=row.lora_alpha,
+        lora_dropout=row.lora_dropout,
+        use_rslora=row.use_rslora,
+        use_dora=row.use_dora,
+        target_modules=tuple(sorted(map(str, targets))) if isinstance(targets, list) else targets,
+        peft_version=row.peft_version,
+        torch_version=row.torch_version,
+        python_version=row.python_version,
+        git_commit=row.git_commit,
+        git_dirty=row.git_dirty,
+        layout_id=row.layout_id,
+        size=row.size,
+        bytes_new=row.bytes_new,
+        message=row.message,
+        created_by=row.created_by,
+        created_at=row.created_at,
+        findings=findings,
+    )
+
+
+def pushed_payload(connection: Connection, version_id: int) -> dict[str, Any]:
+    """Payload of the event that made a version: environment, placement and parents."""
+    text = connection.execute(
+        select(event.c.payload)
+        .where(event.c.version_id == version_id, event.c.kind == "pushed")
+        .order_by(event.c.seq)
+        .limit(1)
+    ).scalar_one()
+    return read_payload(text)

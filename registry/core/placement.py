@@ -1,0 +1,104 @@
+"""Placement: where the bytes of a version lie in the store. It depends on what the store held when
+the version was pushed, so it is no part of the manifest; it stands in the catalog and in the
+journal's `pushed` event, in the form that `to_json` gives."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from registry.core.digest import is_digest
+from registry.core.errors import InvalidManifest
+
+_ENTRY = struct.Struct("<II")
+
+
+@dataclass(frozen=True, slots=True)
+class FilePlacement:
+    """One file in the store.
+
+    Attributes:
+        blob: position in `Placement.blobs`.
+        whole: True where the blob is the file; False where it is only the header of a safetensors
+            file, whose tensors follow from its component.
+    """
+
+    blob: int
+    whole: bool
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one version lies.
+
+    Attributes:
+        blobs: (digest, role) of every blob that the version needs; roles are `tensors`, `reused`,
+            `header`, `file`, `layout` and `manifest`.
+        components: for each component, in layout order, (position in `blobs`, ordinal of the tensor
+            in that blob's own layout).
+        files: for each file path.
+    """
+
+    blobs: tuple[tuple[str, str], ...]
+    components: Mapping[str, tuple[tuple[int, int], ...]]
+    files: Mapping[str, FilePlacement]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; a component's entries as runs `[blob, first ordinal, length]`."""
+        return {
+            "blobs": [[digest, role] for digest, role in self.blobs],
+            "components": {role: _runs(entries) for role, entries in self.components.items()},
+            "files": {path: [file.blob, file.whole] for path, file in self.files.items()},
+        }
+
+    @classmethod
+    def from_json(cls, tree: Any) -> Placement:
+        """Reads what `to_json` gave.
+
+        Raises:
+            InvalidManifest
+        """
+        try:
+            blobs = tuple((str(digest), str(role)) for digest, role in tree["blobs"])
+            components = {
+                str(role): tuple(
+                    (int(blob), int(first) + offset) for blob, first, length in runs for offset in range(int(length))
+                )
+                for role, runs in tree["components"].items()
+            }
+            files = {str(path): FilePlacement(int(blob), bool(whole)) for path, (blob, whole) in tree["files"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InvalidManifest(f"not a placement: {error}"[:200]) from error
+        positions = [blob for entries in components.values() for blob, _ in entries]
+        positions += [file.blob for file in files.values()]
+        if not all(is_digest(digest) for digest, _ in blobs) or not all(0 <= p < len(blobs) for p in positions):
+            raise InvalidManifest("a placement names a blob that it does not list")
+        return cls(blobs, components, files)
+
+
+def _runs(entries: Sequence[tuple[int, int]]) -> list[list[int]]:
+    runs: list[list[int]] = []
+    for blob, ordinal in entries:
+        if runs and runs[-1][0] == blob and runs[-1][1] + runs[-1][2] == ordinal:
+            runs[-1][2] += 1
+        else:
+            runs.append([blob, ordinal, 1])
+    return runs
+
+
+def pack_entries(entries: Sequence[tuple[int, int]]) -> bytes:
+    """(blob position, ordinal) as two little-endian 32-bit words each."""
+    return b"".join(_ENTRY.pack(blob, ordinal) for blob, ordinal in entries)
+
+
+def unpack_entries(packed: bytes) -> tuple[tuple[int, int], ...]:
+    """Reads what `pack_entries` wrote.
+
+    Raises:
+        InvalidManifest
+    """
+    if len(packed) % _ENTRY.size:
+        raise InvalidManifest(f"{len(packed)} bytes are not a whole number of {_ENTRY.size}-byte entries")
+    return tuple(_ENTRY.iter_unpack(packed))

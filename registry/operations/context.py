@@ -1,0 +1,111 @@
+"""The open registry that every operation works on: its database, its store, and who is acting."""
+
+from __future__ import annotations
+
+import getpass
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TypeVar
+
+from sqlalchemy import Connection
+
+from registry.catalog.engine import Database
+from registry.catalog.journal_rows import has_pending, mark_journaled, pending_events
+from registry.catalog.names import LockedName, lock_name
+from registry.core.errors import ReadOnly
+from registry.core.event import Event
+from registry.store.interface import Store
+
+T = TypeVar("T")
+
+
+@dataclass
+class Context:
+    """Everything that an operation needs; safe to use from several threads."""
+
+    database: Database
+    store: Store
+
+    @property
+    def writable(self) -> bool:
+        return self.store.writable
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        with self.database.reading() as connection:
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """
+        Raises:
+            ReadOnly
+        """
+        self.require_writable()
+        with self.database.writing() as connection:
+            yield connection
+
+    def require_writable(self) -> None:
+        """
+        Raises:
+            ReadOnly
+        """
+        if not self.writable:
+            raise ReadOnly(f"the registry {self.database.what} cannot be written by this user; ask its owner")
+
+    def journal(self, events: Sequence[Event]) -> None:
+        """Writes the journal objects of committed events, then takes them out of the outbox."""
+        if not events:
+            return
+        for event in events:
+            self.store.journal.append(event.namespace, event.name, event.seq, event.document(self.store.registry_id))
+        with self.database.writing() as connection:
+            mark_journaled(connection, events)
+
+    def flush_outbox(self) -> int:
+        """Writes what a crash left between a commit and its journal objects.
+
+        Returns:
+            How many events were pending.
+        """
+        flushed = 0
+        while True:
+            with self.database.reading() as connection:
+                if not has_pending(connection):
+                    return flushed
+                pending = pending_events(connection)
+            self.journal(pending)
+            flushed += len(pending)
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+def actor() -> str:
+    """Who is acting: `$REGISTRY_ACTOR`, else the login name."""
+    named = os.environ.get("REGISTRY_ACTOR", "").strip()
+    if named:
+        return named[:128]
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
+
+
+def under_lock(context: Context, namespace: str, name: str, change: Callable[[LockedName, datetime], T]) -> T:
+    """Runs `change` in a writing transaction that holds a name's lock, then journals what it appended.
+
+    Raises:
+        ArtifactNotFound, ReadOnly, and what `change` raises; then nothing has changed.
+    """
+    with context.writing() as connection:
+        at = now()
+        locked = lock_name(connection, namespace, name, at=at)
+        result = change(locked, at)
+        locked.save()
+    context.journal(locked.appended)
+    return result

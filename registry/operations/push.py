@@ -1,0 +1,349 @@
+"""Pushing: an artifact becomes a version. Bytes before rows: blobs are made durable, then one
+transaction makes the version and its events, then the journal objects are written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sqlalchemy import Connection
+
+from registry.catalog import annotation_rows, blobs, insertion, tags
+from registry.catalog.names import LockedName, lock_name, name_id
+from registry.catalog.versions import VersionKey, resolve, same_content, tags_of, version_by_digest
+from registry.core.adapter_config import canonical_config, config_findings
+from registry.core.adapter_names import Target, targets_of
+from registry.core.annotations import MetadataValue, MetricValue, read_metadata, read_metrics
+from registry.core.content_digest import content_digest
+from registry.core.digest import sha256_hex
+from registry.core.errors import ArtifactNotFound, InUse, InvalidInput, NotFound
+from registry.core.event import Event
+from registry.core.findings import Finding
+from registry.core.layout import Layout
+from registry.core.manifest import KINDS, RELATIONS, Component, File, Manifest, Parent
+from registry.core.reference import check_new_tag, parse_push_target, parse_reference, shown
+from registry.formats.source import Source, is_reading_path
+from registry.operations.context import Context, actor, now
+from registry.operations.environment import Environment, capture
+from registry.operations.writing import StoredVersion, WrittenFile, digest_files, store_version
+
+ATTEMPTS = 3
+MAX_NONFINITE = 20
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What a push did.
+
+    Attributes:
+        name: `namespace/name`.
+        version: its number.
+        digest: of the manifest, hex.
+        created: False where the name had this very version already.
+        tags: all tags that now point to it.
+        bytes_total: bytes of the files that were pushed.
+        bytes_new: bytes that the store did not hold before, manifest included.
+        same_content_as: the oldest version of the name with equal content in another form, if one.
+        findings: what the push noticed about the artifact.
+        notes: what was left out or is not known.
+    """
+
+    name: str
+    version: int
+    digest: str
+    kind: str
+    created: bool
+    tags: tuple[str, ...]
+    bytes_total: int
+    bytes_new: int
+    same_content_as: int | None = None
+    findings: tuple[Finding, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def reference(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked push request."""
+
+    namespace: str
+    name: str
+    tags: tuple[str, ...]
+    base: str | None
+    kind: str | None
+    parents: tuple[tuple[str, str, float | None], ...]
+    metadata: Mapping[str, MetadataValue]
+    metrics: Mapping[str, MetricValue]
+    step: int | None
+    message: str | None
+
+
+def check_request(
+    target: str,
+    *,
+    base: str | None = None,
+    tags: Sequence[str] = (),
+    metadata: Mapping[str, object] | None = None,
+    metrics: Mapping[str, object] | None = None,
+    step: int | None = None,
+    kind: str | None = None,
+    message: str | None = None,
+    parents: Sequence[tuple[str, str, float | None]] = (),
+) -> Request:
+    """Checks all that can be checked before a byte is read.
+
+    Raises:
+        InvalidReference, InvalidInput
+    """
+    namespace, name, tag = parse_push_target(target)
+    if isinstance(tags, str):
+        raise InvalidInput(f"tags must be a list of texts, found the text {shown(tags)!r}")
+    wanted = dict.fromkeys(check_new_tag(one) for one in (*((tag,) if tag else ()), *tags))
+    if kind is not None and kind not in KINDS:
+        raise InvalidInput(f"kind {shown(str(kind))!r}; expected one of {', '.join(KINDS)}")
+    for relation, reference, _ in parents:
+        if relation not in RELATIONS:
+            raise InvalidInput(f"relation {shown(relation)!r}; expected one of {', '.join(RELATIONS)}")
+        parse_reference(reference)
+    if base is not None:
+        parse_reference(base)
+    if message is not None and ("\x00" in message or len(message) > 10_000):
+        raise InvalidInput("a message holds at most 10,000 characters and no NUL")
+    return Request(
+        namespace,
+        name,
+        tuple(wanted),
+        base,
+        kind,
+        tuple(parents),
+        read_metadata(metadata or {}),
+        read_metrics(metrics or {}),
+        step,
+        message,
+    )
+
+
+def open_source(source: object, *, kind: str | None, adapter_name: str | None) -> Source:
+    """Opens whatever was given to a push."""
+    if is_reading_path(source):
+        from registry.formats.paths import read_path
+
+        return read_path(Path(source))  # type: ignore[arg-type]  # is_reading_path made sure
+    from registry.formats.live import read_live
+
+    return read_live(source, kind=kind, adapter_name=adapter_name)
+
+
+def push(context: Context, source: object, request: Request, *, adapter_name: str | None = None) -> PushResult:
+    """Pushes a source; see `Registry.push`."""
+    context.require_writable()
+    with open_source(source, kind=request.kind, adapter_name=adapter_name) as opened:
+        kind = request.kind or opened.kind
+        _set_role(opened, kind)
+        environment = capture()
+        for attempt in range(ATTEMPTS):
+            try:
+                result, events = _push_once(context, opened, kind, request, environment)
+            except InUse:
+                # gc was deleting a blob that this push needs; by now it is gone, so it is stored again.
+                if attempt == ATTEMPTS - 1:
+                    raise
+            else:
+                context.journal(events)
+                return replace(result, notes=opened.notes)
+    raise AssertionError("unreachable")
+
+
+def _set_role(source: Source, kind: str) -> None:
+    if kind == "adapter" and source.kind == "base":
+        raise InvalidInput(f"the {source.form} holds no adapter tensors, so it is no adapter; leave --kind out")
+    if kind != "adapter" and source.config is not None:
+        raise InvalidInput(f"the {source.form} is an adapter; it cannot be pushed as {kind}")
+    for file in source.tensor_files:
+        file.role = "adapter" if kind == "adapter" else "model"
+
+
+@dataclass(frozen=True)
+class _Ancestry:
+    """Parents that a push declared, resolved."""
+
+    base: VersionKey | None
+    parents: tuple[tuple[Parent, VersionKey], ...]
+    base_tensors: Mapping[str, blobs.StoredTensor]
+
+
+@dataclass(frozen=True)
+class _Description:
+    """All that a version is, worked out before anything of it is stored."""
+
+    manifest: Manifest
+    layouts: Mapping[str, Layout]
+    targets: tuple[Target, ...]
+    findings: tuple[Finding, ...]
+    content_digest: str
+
+
+def _push_once(
+    context: Context, source: Source, kind: str, request: Request, environment: Environment
+) -> tuple[PushResult, list[Event]]:
+    with context.reading() as connection:
+        ancestry = _ancestry(connection, request)
+    stored: StoredVersion | None = None
+    with context.store.blobs.batch() as batch:
+        files = digest_files(context, source, batch, ancestry.base_tensors)
+        described = _describe(source, kind, files, ancestry)
+        if not _is_known(context, request, described.manifest.digest):
+            stored = store_version(context, source, described.manifest, described.layouts, files, batch)
+            batch.commit()
+    with context.writing() as connection:
+        name = lock_name(connection, request.namespace, request.name, at=now(), create=True)
+        version = version_by_digest(connection, name.id, described.manifest.digest)
+        created = version is None
+        if version is None:
+            if stored is None:
+                raise InUse(f"{request.namespace}/{request.name} changed during the push; push again")
+            version = _insert(context, name, source, kind, described, stored, ancestry, request, environment)
+        _annotate(name, version, request, created=created)
+        name.save()
+        result = PushResult(
+            name=f"{request.namespace}/{request.name}",
+            version=version.number,
+            digest=version.digest,
+            kind=kind,
+            created=created,
+            tags=tags_of(connection, [version.id]).get(version.id, ()),
+            bytes_total=sum(file.size for file in described.manifest.files),
+            bytes_new=stored.bytes_new if created and stored is not None else 0,
+            same_content_as=same_content(connection, name.id, described.content_digest, version.number),
+            findings=described.findings,
+        )
+    return result, name.appended
+
+
+def _ancestry(connection: Connection, request: Request) -> _Ancestry:
+    base = None if request.base is None else _parent(connection, request.base, "base")
+    parents: dict[tuple[str, str], tuple[Parent, VersionKey]] = {}
+    for relation, reference, weight in request.parents:
+        key = _parent(connection, reference, relation)
+        parents.setdefault((relation, key.digest), (Parent(relation, key.digest, weight), key))
+    base_tensors = {} if base is None else blobs.tensors_of_version(connection, base.id)
+    return _Ancestry(base, tuple(parents.values()), base_tensors)
+
+
+def _parent(connection: Connection, reference: str, role: str) -> VersionKey:
+    try:
+        return resolve(connection, parse_reference(reference))
+    except NotFound as error:
+        raise type(error)(f"{role} {reference} is not in this registry ({error}); push it first") from error
+
+
+def _is_known(context: Context, request: Request, digest: str) -> bool:
+    with context.reading() as connection:
+        try:
+            identifier = name_id(connection, request.namespace, request.name)
+        except ArtifactNotFound:
+            return False
+        return version_by_digest(connection, identifier, digest) is not None
+
+
+def _describe(source: Source, kind: str, files: Sequence[WrittenFile], ancestry: _Ancestry) -> _Description:
+    layouts = {written.file.role: written.file.layout for written in files}
+    findings: list[Finding] = list(config_findings(source.config)) if source.config is not None else []
+    targets: tuple[Target, ...] = ()
+    if kind == "adapter":
+        targets, about_targets = targets_of(layouts["adapter"], source.config)
+        findings += about_targets
+    for written in files:
+        findings += nonfinite_findings(written)
+    manifest = Manifest(
+        kind=kind,
+        components=tuple(
+            Component(written.file.role, written.file.layout.digest, written.digests.tensors)
+            for written in sorted(files, key=lambda written: written.file.role)
+        ),
+        files=tuple(
+            sorted(
+                (
+                    *(File(w.file.path, w.digests.sha256, w.file.size, w.file.role) for w in files),
+                    *(File(p.path, sha256_hex(p.data), len(p.data)) for p in source.plain_files),
+                ),
+                key=lambda file: file.path,
+            )
+        ),
+        config=None if source.config is None else canonical_config(source.config),
+        base=None if ancestry.base is None else ancestry.base.digest,
+        parents=tuple(parent for parent, _ in ancestry.parents),
+    )
+    content = content_digest(
+        {written.file.role: (written.file.layout, written.digests.tensors) for written in files},
+        source.config,
+        targets,
+    )
+    return _Description(manifest, layouts, targets, tuple(findings), content)
+
+
+def nonfinite_findings(written: WrittenFile) -> list[Finding]:
+    """C17 for every tensor with NaN or Inf; after the first twenty only their number."""
+    names = [written.file.layout.tensors[ordinal].name for ordinal in written.digests.nonfinite]
+    mend = "train again from the last finite checkpoint"
+    found = [
+        Finding("C17", "error", name, "the tensor holds NaN or Inf", "finite values", "NaN or Inf", mend)
+        for name in names[:MAX_NONFINITE]
+    ]
+    if len(names) > MAX_NONFINITE:
+        more = f"{len(names) - MAX_NONFINITE} more tensors hold NaN or Inf"
+        found.append(Finding("C17", "error", "", more, "finite values", "NaN or Inf", mend))
+    return found
+
+
+def _insert(
+    context: Context,
+    name: LockedName,
+    source: Source,
+    kind: str,
+    described: _Description,
+    stored: StoredVersion,
+    ancestry: _Ancestry,
+    request: Request,
+    environment: Environment,
+) -> VersionKey:
+    version = insertion.insert_version(
+        name,
+        insertion.NewVersion(
+            manifest=described.manifest,
+            content_digest=described.content_digest,
+            layouts=described.layouts,
+            targets=described.targets,
+            config=source.config,
+            placement=stored.placement,
+            blobs=stored.blobs,
+            base_id=None if ancestry.base is None else ancestry.base.id,
+            parents=tuple((parent.relation, key.id, parent.weight) for parent, key in ancestry.parents),
+            bytes_new=stored.bytes_new,
+            peft_version=source.peft_version,
+            environment=environment.to_json(),
+            message=request.message,
+            findings=described.findings,
+            created_by=actor(),
+            created_at=now(),
+        ),
+    )
+    # After the rows stand: gc cannot mark these blobs any more, so what is there now stays.
+    for digest, _ in stored.placement.blobs:
+        if not context.store.blobs.contains(digest):
+            raise InUse(f"blob {digest} was deleted during the push; push again")
+    return version
+
+
+def _annotate(name: LockedName, version: VersionKey, request: Request, *, created: bool) -> None:
+    by, at = actor(), now()
+    if request.message and not created:
+        name.append("note", {"text": request.message}, actor=by, at=at, version=(version.id, version.number))
+    annotation_rows.set_metadata(name, version, request.metadata, actor=by, at=at)
+    annotation_rows.set_metrics(name, version, request.metrics, step=request.step, actor=by, at=at)
+    for tag in request.tags:
+        tags.move(name, tag, version, actor=by, at=at, why=request.message)

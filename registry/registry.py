@@ -1,0 +1,434 @@
+"""`Registry`: the facade that users, the command line and `pdp` import. It opens a registry and hands
+each verb to its module in `operations`; no policy lives here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from registry.catalog.journal_rows import events_of
+from registry.core.errors import RegistryNotFound
+from registry.core.event import Event
+from registry.core.findings import Finding
+from registry.core.reference import parse_artifact
+from registry.operations import annotate, discover, inspect, tagging
+from registry.operations.context import Context
+from registry.operations.discover import Location
+from registry.operations.inspect import Details, Found, Lineage
+from registry.operations.pull import PullResult
+from registry.operations.push import PushResult
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = ["Details", "Event", "Finding", "Lineage", "PullResult", "PushResult", "Registry", "Version"]
+
+
+@dataclass(frozen=True)
+class Version:
+    """One immutable version, with what has been said of it.
+
+    Attributes:
+        name: `namespace/name`.
+        version: its number.
+        digest: sha256 of its manifest, hex.
+        content_digest: equal for equal adapters, however they were saved.
+        kind: `adapter`, `base` or `checkpoint`.
+        base: `namespace/name@number`, if a base was declared.
+        r, lora_alpha: as configured; None where no configuration came with the tensors.
+        target_modules: sorted names, or one regular expression.
+        peft_version: that wrote the adapter; None: unknown.
+        size: bytes of its files.
+        created_at: UTC.
+        findings: how many errors and warnings its push noticed.
+        metadata: text or numbers, the newest value of each key.
+        metrics: the newest value of each key.
+    """
+
+    name: str
+    version: int
+    digest: str
+    content_digest: str
+    kind: str
+    tags: tuple[str, ...]
+    base: str | None
+    peft_type: str | None
+    r: int | None
+    lora_alpha: float | None
+    use_rslora: bool | None
+    use_dora: bool | None
+    target_modules: tuple[str, ...] | str | None
+    peft_version: str | None
+    size: int
+    created_at: datetime
+    created_by: str
+    message: str | None
+    findings: int
+    metadata: Mapping[str, str | float | int]
+    metrics: Mapping[str, float]
+
+    @property
+    def reference(self) -> str:
+        """`namespace/name@number`, which always means this version."""
+        return f"{self.name}@{self.version}"
+
+
+class Registry:
+    """A registry of LoRA adapters and checkpoints.
+
+    Open it with `Registry.open`. One object may be used from several threads and in forked workers.
+    It is a context manager; `close` gives its connections back.
+
+    Example:
+        >>> registry = Registry.open()
+        >>> pushed = registry.push(lora_model, "walk/perturb", base="walk/base", tags=["prod"])
+        >>> registry.load("walk/perturb:prod", another_model)
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    @classmethod
+    def open(cls, url: str | os.PathLike[str] | None = None) -> Registry:
+        """Opens a registry.
+
+        Args:
+            url: a folder or a `postgresql://` URL; by default `$REGISTRY_URL`, else the nearest
+                `.registry/` upward, else the user's data folder, which is made on first use.
+
+        Raises:
+            RegistryNotFound: nothing is there; `Registry.init` or `registry init` makes one.
+            SchemaOutOfDate: run `registry upgrade`, or upgrade the program.
+            WrongStore: catalog and store are of two registries.
+            StoreUnreachable: the database does not answer.
+        """
+        location = discover.locate(url)
+        try:
+            return cls(discover.open_registry(location))
+        except RegistryNotFound:
+            if not location.default:
+                raise
+            return cls(discover.create(location)[0])
+
+    @classmethod
+    def init(
+        cls, url: str | os.PathLike[str] | None = None, *, store: str | os.PathLike[str] | None = None
+    ) -> Registry:
+        """Makes a registry, or opens the one that is there.
+
+        Args:
+            url: a folder or a `postgresql://` URL; `.registry` in the working folder by default.
+            store: folder of the blobs, only beside a database server.
+
+        Raises:
+            InvalidInput, Conflict, ReadOnly, NoSpace
+        """
+        location = Location(str(Path.cwd() / discover.FOLDER)) if url is None else discover.locate(url)
+        context, _ = discover.create(location, store=None if store is None else os.fspath(store))
+        return cls(context)
+
+    def close(self) -> None:
+        """Closes the database connections; the object is not used after it."""
+        self._context.database.close()
+
+    def __enter__(self) -> Registry:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Registry({self._context.database.what!r})"
+
+    @property
+    def id(self) -> str:
+        """The registry's own id, which catalog and store share."""
+        return self._context.store.registry_id
+
+    def push(
+        self,
+        source: str | os.PathLike[str] | nn.Module | Mapping[str, torch.Tensor],
+        name: str,
+        *,
+        base: str | None = None,
+        tags: Sequence[str] = (),
+        metadata: Mapping[str, object] | None = None,
+        metrics: Mapping[str, object] | None = None,
+        step: int | None = None,
+        kind: Literal["adapter", "base", "checkpoint"] | None = None,
+        message: str | None = None,
+        continued_from: str | None = None,
+        parents: Sequence[tuple[str, str, float | None]] = (),
+        adapter_name: str | None = None,
+    ) -> PushResult:
+        """Pushes an artifact as a new version; the very same thing again is a no-op that says so.
+
+        Args:
+            source: a PEFT folder, a `.safetensors` file, a PeftModel (or a module that holds exactly
+                one), any other module, or a state dict.
+            name: `namespace/name`, or `namespace/name:tag` to move a tag as well.
+            base: reference of the base version that it was trained on.
+            tags: tags to move to the version.
+            metadata: text or numbers by key.
+            metrics: numbers by key; NaN and Infinity are kept, and sorted last.
+            step: training step of the metrics.
+            kind: by default `adapter` where there are adapter tensors without a base, `checkpoint`
+                where there are both, else `base`. `checkpoint` takes the whole of a PeftModel.
+            message: one line on why.
+            continued_from: the version whose training this one continues.
+            parents: further lineage, (relation, reference, weight or None).
+            adapter_name: which adapter of a live model; its active one by default.
+
+        Returns:
+            What was stored, with the findings about the artifact.
+
+        Raises:
+            InvalidReference, InvalidInput, MalformedTensors, UnsupportedTensor: nothing is stored.
+            NotFound: the source, the base or a parent is not there.
+            TagProtected: nothing is stored.
+            ReadOnly, NoSpace: nothing is visible.
+        """
+        from registry.operations import push
+
+        edges = [*parents] if continued_from is None else [("continued_from", continued_from, None), *parents]
+        request = push.check_request(
+            name,
+            base=base,
+            tags=tags,
+            metadata=metadata,
+            metrics=metrics,
+            step=step,
+            kind=kind,
+            message=message,
+            parents=edges,
+        )
+        return push.push(self._context, source, request, adapter_name=adapter_name)
+
+    def resolve(self, reference: str) -> str:
+        """The pinned form, `namespace/name@number`, of any reference.
+
+        Raises:
+            InvalidReference, ArtifactNotFound, VersionNotFound, TagNotFound
+        """
+        return inspect.get(self._context, reference).record.reference
+
+    def get(self, reference: str) -> Version:
+        """The version that a reference names.
+
+        Raises:
+            InvalidReference, ArtifactNotFound, VersionNotFound, TagNotFound
+        """
+        return as_version(inspect.get(self._context, reference))
+
+    def show(self, reference: str) -> Details:
+        """All that the catalog knows of a version: tensors, files, findings and events.
+
+        Raises:
+            InvalidReference, ArtifactNotFound, VersionNotFound, TagNotFound
+        """
+        return inspect.details(self._context, reference)
+
+    def find(
+        self,
+        *where: str,
+        pattern: str | None = None,
+        base: str | None = None,
+        tag: str | None = None,
+        kind: str | None = None,
+        order_by: str | None = None,
+        limit: int | None = None,
+    ) -> list[Version]:
+        """Versions that satisfy every condition.
+
+        Args:
+            where: `field op value`, joined by `and`, as `registry list --where` takes it.
+            pattern: `namespace/name` with `*` and `?`.
+            base: a base, `namespace/name` for any version of it.
+            order_by: a field, `-field` for descending; by default by name, newest first.
+
+        Raises:
+            InvalidQuery: an unknown field lists the known ones.
+        """
+        found = inspect.search(
+            self._context,
+            pattern=pattern,
+            where=where,
+            base=base,
+            tag=tag,
+            kind=kind,
+            order_by=order_by,
+            limit=limit,
+        )
+        return [as_version(one) for one in found]
+
+    def pull(
+        self, reference: str, destination: str | os.PathLike[str], *, format: str = "native", force: bool = False
+    ) -> PullResult:
+        """Writes a version's files, proven by their sha256, all or nothing.
+
+        Args:
+            destination: a folder for a version of several files (made where it is not there), a file
+                or an existing folder for one of a single file.
+            format: `native` gives the very files that were pushed; `peft` a folder that
+                `PeftModel.from_pretrained` takes, with the PEFT version that a live push captured.
+            force: replace files that are there. Into a folder that is not empty, file by file.
+
+        Raises:
+            DestinationExists, InvalidInput: nothing is written.
+            DigestMismatch, BlobNotFound: the store is damaged; nothing is left behind.
+            ReadOnly, NoSpace
+        """
+        from registry.operations.pull import pull
+
+        return pull(self._context, reference, Path(destination), format=format, force=force)
+
+    @overload
+    def load(self, reference: str, model: None = None, *, component: str | None = None) -> dict[str, torch.Tensor]: ...
+
+    @overload
+    def load(
+        self,
+        reference: str,
+        model: nn.Module,
+        *,
+        component: str | None = None,
+        adapter_name: str | None = None,
+        strict: bool = True,
+    ) -> nn.Module: ...
+
+    def load(
+        self,
+        reference: str,
+        model: nn.Module | None = None,
+        *,
+        component: str | None = None,
+        adapter_name: str | None = None,
+        strict: bool = True,
+    ) -> Any:
+        """Loads a version into a model, or gives its state dict.
+
+        Tensors are copied into the model's own parameters, whatever their device and dtype. A model
+        that differs in a name, shape, rank or scaling is refused and left as it was; afterwards every
+        tensor is compared with what was loaded.
+
+        Args:
+            model: a model with an adapter of the same form, a plain base (which is wrapped as PEFT
+                does it), or, for a base or checkpoint, a module with the same state dict.
+            component: another state dict of the version than its main one.
+            adapter_name: which adapter of the model, or the name of the one that is made.
+            strict: False warns of missing, unexpected and misshapen tensors, and loads the rest.
+
+        Returns:
+            The model, which is a new PeftModel where a plain base was wrapped; without a model,
+            tensors by name, mapped from the store.
+
+        Raises:
+            Incompatible: all differences are in its `findings`.
+            DigestMismatch, BlobNotFound: the store is damaged.
+        """
+        from registry.operations.load import load
+
+        return load(self._context, reference, model, component=component, adapter_name=adapter_name, strict=strict)
+
+    def tag(self, reference: str, tag: str, *, why: str | None = None, expected: int | None = None) -> Version:
+        """Points a tag at a version; the move is recorded.
+
+        Args:
+            expected: number that the tag must point to before; 0: it must not exist yet.
+
+        Raises:
+            TagProtected, TagMoved, InvalidReference, NotFound
+        """
+        tagging.move_tag(self._context, reference, tag, why=why, expected=expected)
+        return self.get(reference)
+
+    def protect_tag(self, name: str, tag: str, *, on: bool = True, why: str | None = None) -> bool:
+        """Protects a tag against moves and deletion, or lifts that; True where it changed anything.
+
+        Raises:
+            TagNotFound, ArtifactNotFound
+        """
+        return tagging.protect_tag(self._context, name, tag, on=on, why=why)
+
+    def delete_tag(self, name: str, tag: str, *, why: str | None = None) -> None:
+        """Deletes a tag; its history stays.
+
+        Raises:
+            TagNotFound, TagProtected, ArtifactNotFound
+        """
+        tagging.delete_tag(self._context, name, tag, why=why)
+
+    def tag_history(self, name: str, tag: str) -> list[Event]:
+        """Every move, protection and deletion of a tag, oldest first.
+
+        Raises:
+            TagNotFound, ArtifactNotFound
+        """
+        return tagging.tag_history(self._context, name, tag)
+
+    def log(self, reference: str) -> Lineage:
+        """The versions that one came from, and those that came from it.
+
+        Raises:
+            InvalidReference, NotFound
+        """
+        return inspect.lineage(self._context, reference)
+
+    def events(self, name: str) -> list[Event]:
+        """The whole history of a name, oldest first.
+
+        Raises:
+            ArtifactNotFound
+        """
+        namespace, short = parse_artifact(name)
+        with self._context.reading() as connection:
+            return events_of(connection, namespace, short)
+
+    def annotate(
+        self,
+        reference: str,
+        *,
+        metadata: Mapping[str, object] | None = None,
+        metrics: Mapping[str, object] | None = None,
+        step: int | None = None,
+    ) -> Version:
+        """Adds metadata and metrics to a version; earlier values stay in its history.
+
+        Raises:
+            InvalidInput, InvalidReference, NotFound
+        """
+        annotate.annotate(self._context, reference, metadata=metadata or {}, metrics=metrics or {}, step=step)
+        return self.get(reference)
+
+
+def as_version(found: Found) -> Version:
+    """The catalog's record in the form that users see."""
+    record = found.record
+    return Version(
+        name=record.name,
+        version=record.number,
+        digest=record.digest,
+        content_digest=record.content_digest,
+        kind=record.kind,
+        tags=record.tags,
+        base=record.base,
+        peft_type=record.peft_type,
+        r=record.r,
+        lora_alpha=record.lora_alpha,
+        use_rslora=record.use_rslora,
+        use_dora=record.use_dora,
+        target_modules=record.target_modules,
+        peft_version=record.peft_version,
+        size=record.size,
+        created_at=record.created_at,
+        created_by=record.created_by,
+        message=record.message,
+        findings=record.findings,
+        metadata={key: value.plain for key, value in found.metadata.items()},
+        metrics={key: value.number for key, value in found.metrics.items()},
+    )
