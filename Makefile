@@ -35,15 +35,15 @@ lint: $(READY) ## ruff, mypy, import-linter, and models against migrations
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 	folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 	alembic="$(BIN)/alembic -x registry=$$folder/catalog.sqlite"; \
 	$$alembic upgrade head; $$alembic check; $$alembic downgrade base
 
-bench: $(READY) ## Every benchmarks/bench_*.py
-	shopt -s nullglob; found=(benchmarks/bench_*.py); \
+bench: $(READY) ## Every benchmarks/*.py
+	shopt -s nullglob; found=(benchmarks/*.py); \
 	for script in "$${found[@]}"; do echo "== $$script"; $(BIN)/python "$$script"; done; \
-	if [ $${#found[@]} = 0 ]; then echo "no benchmarks/bench_*.py yet"; fi
+	if [ $${#found[@]} = 0 ]; then echo "no benchmarks/*.py yet"; fi
 
 docs: $(READY) ## Runs every example in README.md and docs/
 	$(BIN)/python -m pytest tests/docs

@@ -120,7 +120,9 @@ def main() -> None:
                 os.sync()
 
     medians = {name: statistics.median(found) for name, found in seconds.items()}
-    print(f"{options.megabytes} MB, {options.runs} runs in turn, {os.cpu_count()} processors; median (least) in ms")
+    # The load is shown because with other work on the processors two threads gain little.
+    machine = f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}"
+    print(f"{options.megabytes} MB, {options.runs} runs in turn, {machine}; median (least) in ms")
     for name, median in medians.items():
         print(f"  {name:32}{median * 1e3:8.0f} ({min(seconds[name]) * 1e3:.0f})")
     best = medians["put, chunks of bytes"]

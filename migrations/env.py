@@ -134,9 +134,9 @@ def compare_checks(
         stands = {check["name"]: check["sqltext"] for check in autogen.inspector.get_check_constraints(name)}
         for check in checks(wanted):
             condition = str(check.sqltext.compile(dialect=autogen.dialect, compile_kwargs={"literal_binds": True}))
-            constraint = ops.AddConstraintOp.from_constraint(check)
             if check.name in stands and words(stands[check.name]) != words(condition):
-                changes.ops += [ops.DropConstraintOp(check.name, name, type_="check"), constraint]
+                old = CheckConstraint(stands[check.name], name=check.name, table=found)
+                changes.ops += [ops.DropConstraintOp.from_constraint(old), ops.AddConstraintOp.from_constraint(check)]
     return PriorityDispatchResult.CONTINUE
 
 

@@ -103,13 +103,13 @@ def upgrade() -> None:
 
     op.create_table(
         "registry_meta",
-        sa.Column("only", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("one", sa.Integer(), autoincrement=False, nullable=False),
         sa.Column("registry_id", sa.Text(), nullable=False, comment="the same in the store's registry.json"),
         sa.Column("store_format", sa.Integer(), nullable=False),
         sa.Column("store_url", sa.Text(), nullable=True, comment="NULL: beside the catalog"),
         sa.Column("created_at", sa.BigInteger(), nullable=False, comment="UTC, microseconds since 1970"),
-        sa.CheckConstraint("only = 1", name=op.f("ck_registry_meta_one_row")),
-        sa.PrimaryKeyConstraint("only", name=op.f("pk_registry_meta")),
+        sa.CheckConstraint("one = 1", name=op.f("ck_registry_meta_one_row")),
+        sa.PrimaryKeyConstraint("one", name=op.f("pk_registry_meta")),
     )
     op.create_table(
         "blob",

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from sqlalchemy import Connection, text
 
-import registry
 from registry.core.errors import RegistryNotFound, SchemaOutOfDate
 
 HEAD = "20261123_first"
@@ -20,7 +19,7 @@ def migrations_path() -> Path:
     Raises:
         SchemaOutOfDate: it is nowhere, so the installation is broken.
     """
-    package = Path(registry.__file__).parent
+    package = Path(__file__).parents[1]
     for folder in (package / "migrations", package.parent / "migrations"):
         if (folder / "env.py").is_file():
             return folder

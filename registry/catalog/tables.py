@@ -66,12 +66,12 @@ _WITHOUT_ROWID: dict[str, Any] = {"sqlite_with_rowid": False}
 registry_meta = Table(
     "registry_meta",
     metadata,
-    Column("only", Integer, primary_key=True, autoincrement=False),
+    Column("one", Integer, primary_key=True, autoincrement=False),
     Column("registry_id", Text, nullable=False, comment="the same in the store's registry.json"),
     Column("store_format", Integer, nullable=False),
     Column("store_url", Text, comment="NULL: beside the catalog"),
     _at(),
-    CheckConstraint("only = 1", "one_row"),
+    CheckConstraint("one = 1", "one_row"),
 )
 
 artifact = Table(

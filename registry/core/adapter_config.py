@@ -269,7 +269,7 @@ def canonical_config(config: AdapterConfig) -> dict[str, Any]:
 
     Lists that PEFT reads as sets are sorted and hold each entry once. Left out is what belongs to the session and not
     to the adapter: `peft_version`, `inference_mode` (PEFT writes true and has false in memory), `auto_mapping` (PEFT
-    adds it while saving) and `runtime_config`. Integers from 2**53 on, which RFC 8785 cannot write, become their text.
+    adds it while saving) and `runtime_config`. Integers from 2**53 on, which RFC 8785 has not, become their text.
     Keys whose value is None stay: None is not every key's default. So two saves of one adapter by one PEFT are equal,
     and so is a save and the live configuration; another PEFT has other keys, and then only the content digest is equal.
     """
@@ -295,6 +295,8 @@ def _exact(value: Any) -> Any:
         return [_exact(item) for item in value]
     if type(value) is int and abs(value) >= _EXACT:
         return str(value)
+    if isinstance(value, float) and value.is_integer() and _EXACT <= abs(value) < 1e21:
+        return str(int(value))  # RFC 8785 writes it without a point, and it would be read as such an integer
     return value
 
 

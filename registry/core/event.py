@@ -3,14 +3,14 @@ function of these fields, so a database row and a journal object can always be h
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import rfc8785
+from registry.core.canonical_json import canonical_json, parse_json
+from registry.core.digest import sha256_hex
 
 FORMAT = 1
 
@@ -38,37 +38,49 @@ class Event:
     payload: Mapping[str, Any]
 
     def document(self, registry_id: str) -> bytes:
-        """Canonical JSON for the journal."""
-        return rfc8785.dumps(
-            {
-                "format": FORMAT,
-                "registry": registry_id,
-                "namespace": self.namespace,
-                "name": self.name,
-                "seq": self.seq,
-                "kind": self.kind,
-                "version": self.version,
-                "tag": self.tag,
-                "at": format_moment(self.at),
-                "actor": self.actor,
-                "payload": dict(self.payload),
-            }
-        )
+        """Canonical JSON for the journal.
+
+        Its member `sha256` is the digest of the rest, so that damage shows without the catalog.
+
+        Raises:
+            InvalidInput: canonical JSON cannot hold the payload.
+        """
+        tree = {
+            "format": FORMAT,
+            "registry": registry_id,
+            "namespace": self.namespace,
+            "name": self.name,
+            "seq": self.seq,
+            "kind": self.kind,
+            "version": self.version,
+            "tag": self.tag,
+            "at": format_moment(self.at),
+            "actor": self.actor,
+            "payload": dict(self.payload),
+        }
+        what = f"event {self.seq} of {self.namespace}/{self.name}"
+        return canonical_json({**tree, "sha256": sha256_hex(canonical_json(tree, what))}, what)
 
 
 def payload_text(payload: Mapping[str, Any]) -> str:
-    """A payload as the canonical JSON that the catalog keeps."""
-    return rfc8785.dumps(dict(payload)).decode("utf-8")
+    """A payload as the canonical JSON that the catalog keeps.
+
+    Raises:
+        InvalidInput: canonical JSON cannot hold it.
+    """
+    return canonical_json(dict(payload), "an event").decode("utf-8")
 
 
 def read_payload(text: str) -> dict[str, Any]:
-    tree: dict[str, Any] = json.loads(text)
+    """Reads what `payload_text` wrote; written again it is the same text."""
+    tree: dict[str, Any] = parse_json(text)
     return tree
 
 
 def format_moment(moment: datetime) -> str:
-    """ISO 8601 in UTC with microseconds and a Z."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    """ISO 8601 in UTC with microseconds and a Z, always 27 characters."""
+    # Not strftime: its %Y writes the year 900 with three digits.
+    return moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
 
 
 def number_to_json(value: float) -> float | int | str:

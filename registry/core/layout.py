@@ -5,16 +5,15 @@ one recipe have one layout. Nothing here touches tensor bytes."""
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
 from typing import Any
 
-import rfc8785
-
+from registry.core.canonical_json import MAX_INTEGER, canonical_json, parse_json
+from registry.core.digest import sha256_hex
 from registry.core.errors import InvalidManifest
 
 DTYPE_BITS: dict[str, int] = {
@@ -42,6 +41,9 @@ DTYPE_BITS: dict[str, int] = {
     "U64": 64,
 }
 """Bits an element of each safetensors dtype code (safetensors 0.8)."""
+
+NOT_IN_A_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""C0, DEL, C1 and lone surrogates: no tensor's name holds one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,28 +102,31 @@ class Layout:
     @cached_property
     def document(self) -> bytes:
         """Canonical JSON (RFC 8785): a list of `[name, dtype, [dimension, ...]]` in order."""
-        return rfc8785.dumps([[t.name, t.dtype, list(t.shape)] for t in self.tensors])
+        return canonical_json([[t.name, t.dtype, list(t.shape)] for t in self.tensors], "the layout")
 
     @cached_property
     def digest(self) -> str:
         """sha256 of `document`, 64 hex digits."""
-        return sha256(self.document).hexdigest()
+        return sha256_hex(self.document)
 
     @classmethod
     def from_document(cls, document: bytes) -> Layout:
-        """Reads what `document` wrote.
+        """Reads a layout; the inverse of `document`, byte for byte.
 
         Raises:
-            InvalidManifest: not a list of name, known dtype and shape, or a name stands twice.
+            InvalidManifest: not a list of name, known dtype and shape, a tensor of no whole number of bytes, a name
+                twice, or bytes that are not canonical.
         """
         try:
-            rows: Any = json.loads(document)
+            rows: Any = parse_json(document)
             tensors = tuple(_spec(row) for row in rows)
         except (ValueError, TypeError, RecursionError) as error:
             raise InvalidManifest(f"layout document cannot be read: {error}") from error
         layout = cls(tensors)
         if len(layout.by_name) != len(tensors):
             raise InvalidManifest("layout document names one tensor twice")
+        if layout.document != document:
+            raise InvalidManifest("the layout document is not in canonical form (RFC 8785)")
         return layout
 
 
@@ -129,9 +134,14 @@ def _spec(row: Any) -> TensorSpec:
     name, dtype, shape = row
     if not isinstance(name, str) or dtype not in DTYPE_BITS or not isinstance(shape, list):
         raise ValueError(f"not a tensor: {row!r}"[:200])
-    if not all(type(size) is int and size >= 0 for size in shape):
+    if NOT_IN_A_NAME.search(name):
+        raise ValueError(f"a control character or a lone surrogate in the name {name!r}"[:200])
+    if not all(type(size) is int and 0 <= size <= MAX_INTEGER for size in shape):
         raise ValueError(f"not a shape: {shape!r}"[:200])
-    return TensorSpec(name, dtype, tuple(shape))
+    spec = TensorSpec(name, dtype, tuple(shape))
+    if spec.elements * DTYPE_BITS[dtype] % 8:
+        raise ValueError(f"{name!r} of {dtype} {shape!r} is no whole number of bytes"[:200])
+    return spec
 
 
 def layout_of(specs: Iterable[TensorSpec]) -> Layout:

@@ -20,8 +20,9 @@ MAX_INSTRUCTIONS = 1_000
 MAX_NESTING = 20
 MAX_PATH_LENGTH = 1_000
 MAX_PATH_DEPTH = 60
+MAX_KEPT = 200_000
 BUDGET = 5_000_000
-"""Steps that one table may take in its life; about two seconds of Python, and 50 times what a large model needs."""
+"""Steps that one table may take in its life: one or two seconds of Python, or ten expressions on 10,000 modules."""
 
 _SPECIAL = frozenset("\\^$*+?{}[]()|")
 _COUNTS = re.compile(r"\{(\d{1,4})?(,)?(\d{1,4})?\}")
@@ -274,6 +275,9 @@ class _Program:
         self._emit(node)
         self._end = len(self._code)
         self._reached: dict[tuple[int, bool, bool], tuple[frozenset[int], bool]] = {}
+        # The paths of one model are much alike, so nearly every step has been made before.
+        self._steps: dict[tuple[frozenset[int], str, bool], tuple[frozenset[int], bool]] = {}
+        self._kept = 0
 
     def _emit(self, node: _Node) -> None:
         # Counted by node, not by instruction: a repeated nothing has no instructions, and may be repeated often.
@@ -319,23 +323,38 @@ class _Program:
 
     def matches(self, path: str, spend: Callable[[int], None]) -> bool:
         """Whether the whole path, or what follows one of its dots, is matched to its end."""
-        states: set[int] = set()
+        states: frozenset[int] = frozenset()
         done = False
         for place in range(len(path) + 1):
-            edges = place == 0, place == len(path)
-            following: set[int] = set()
-            done = False
-            sources = [state + 1 for state in states if self._reads(state, path[place - 1])]
-            if place == 0 or path[place - 1] == ".":
-                sources.append(0)
-            for source in sources:
-                reached, ended = self._reach(source, edges, spend)
-                spend(1 + len(reached))
-                following |= reached
-                done |= ended
-            spend(1 + len(states))
-            states = following
+            step = (states, path[place - 1] if place else "", place == len(path))
+            known = self._steps.get(step)
+            if known is None:
+                known = self._step(*step, spend)
+                self._kept += 1 + len(known[0])
+                if self._kept > MAX_KEPT:
+                    self._steps.clear()
+                    self._kept = 0
+                self._steps[step] = known
+            spend(1)
+            states, done = known
         return done
+
+    def _step(
+        self, states: frozenset[int], letter: str, at_end: bool, spend: Callable[[int], None]
+    ) -> tuple[frozenset[int], bool]:
+        """The states after a letter (none at the start), and whether the end is one of them."""
+        following: set[int] = set()
+        done = False
+        sources = [state + 1 for state in states if self._reads(state, letter)]
+        if letter in ("", "."):
+            sources.append(0)
+        spend(len(states))
+        for source in sources:
+            reached, ended = self._reach(source, (letter == "", at_end), spend)
+            spend(1 + len(reached))
+            following |= reached
+            done |= ended
+        return frozenset(following), done
 
     def _reads(self, state: int, letter: str) -> bool:
         test = self._code[state].test

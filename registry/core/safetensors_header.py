@@ -18,7 +18,7 @@ from operator import itemgetter
 from typing import Any, BinaryIO
 
 from registry.core.errors import MalformedTensors
-from registry.core.layout import DTYPE_BITS, Layout, TensorSpec
+from registry.core.layout import DTYPE_BITS, NOT_IN_A_NAME, Layout, TensorSpec
 
 MAX_HEADER_BYTES = 100_000_000
 """The Rust library's limit for N, the length of the JSON."""
@@ -46,7 +46,6 @@ _MAX_USIZE = 2**64 - 1
 _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _NESTED = re.compile(r"\{[^{}]*\{|\[[^][{}]*[\[{]")
 _NOT_TEXT = re.compile(r"[\0\ud800-\udfff]")
-_NOT_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 _AGAIN = "the file is damaged: download it, or save it with safetensors again"
 _TRUNCATED = "the file is truncated: download or save it again"
@@ -248,7 +247,7 @@ def _metadata(value: Any, what: str) -> dict[str, str]:
 def _placed(name: str, entry: Any, what: str) -> tuple[tuple[int, int], TensorSpec]:
     """The tensor's (begin, end) and what it is; all that can be checked of one entry alone is checked."""
     refuse = partial(_malformed, what, place=("tensor", name))
-    if not name.isprintable() and _NOT_NAME.search(name):  # the first is fast, and suffices for most
+    if not name.isprintable() and NOT_IN_A_NAME.search(name):  # the first is fast, and suffices for most
         raise refuse("a name of plain text", "a control character or a lone surrogate", _RENAME)
     if isinstance(entry, _KeyTwice):
         raise refuse(f"one {_shown(entry.key)}", "two")

@@ -193,7 +193,7 @@ def _create_on_server(location: Location, store: str | None) -> tuple[Context, b
 def _write_meta(connection: Connection, registry_id: str, store_url: str | None) -> None:
     connection.execute(
         insert(registry_meta).values(
-            only=1, registry_id=registry_id, store_format=STORE_FORMAT, store_url=store_url, created_at=now()
+            one=1, registry_id=registry_id, store_format=STORE_FORMAT, store_url=store_url, created_at=now()
         )
     )
 

@@ -91,7 +91,7 @@ class LocalStore:
         stale = []
         for entry in files.entries(self.root / "tmp"):
             with files.storage_errors(f"look at {entry.path}", writing=False), suppress(FileNotFoundError):
-                if entry.stat(follow_symlinks=False).st_mtime < limit:
+                if not entry.is_dir(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_mtime < limit:
                     stale.append(Path(entry.path))
         return stale
 

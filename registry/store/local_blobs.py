@@ -136,7 +136,8 @@ class LocalBatch:
         self._check_usable()
         pending = self._pending.get(blob.digest)
         if pending is None:
-            self.path(blob)
+            if blob.digest not in self._stored:
+                raise self._stranger(blob)
             return
         pending.puts -= 1
         if pending.puts == 0:
@@ -148,7 +149,7 @@ class LocalBatch:
             return self._pending[blob.digest].temporary
         if blob.digest in self._stored:
             return blob_path(self._folder, blob.digest)
-        raise BlobNotFound(f"blob {shown(blob.digest)} is not in this batch")
+        raise self._stranger(blob)
 
     def commit(self) -> None:
         self._check_usable()
@@ -190,6 +191,9 @@ class LocalBatch:
                 error.add_note(f"left behind: {left}")
         elif leftovers:
             raise leftovers[0]
+
+    def _stranger(self, blob: StoredBlob) -> BlobNotFound:
+        return BlobNotFound(f"blob {shown(blob.digest, 80)} is not in this batch")
 
     def _check_usable(self) -> None:
         if not self._usable:

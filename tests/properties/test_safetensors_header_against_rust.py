@@ -6,9 +6,11 @@ a reason of `STRICTER_THAN_RUST`. Files begin valid and are then changed, mostly
 from __future__ import annotations
 
 import json
+import math
 import random
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -144,6 +146,33 @@ BYTES = b'{}[]",:\\0129-+.eEuNatfnsF \t\n\r\x00\x1f\x7f\x80\xbf\xc0\xe2\xed\xa0\
 # fmt: on
 
 
+def mutate_spelling(draw: st.DrawFn, document: Document) -> None:
+    """Writes a number as a lenient reader would still understand it."""
+    entry = draw_entry(draw, document)
+    at = draw(st.integers(0, len(entry) - 1))
+    key, text = entry[at]
+    numbers = text.strip("[]").split(",")
+    where = draw(st.integers(0, len(numbers) - 1))
+    number = numbers[where].strip()
+    spellings = ["{}.0", "{}e0", "-{}", '"{}"', "0{}", "[{}]", " {}\t"]
+    numbers[where] = draw(st.sampled_from(spellings)).format(number)
+    if number in ("0", "1") and draw(st.booleans()):
+        numbers[where] = draw(st.sampled_from(["NaN", "null", "-0", "false"] if number == "0" else ["true", "1E-0"]))
+    entry[at] = (key, f"[{','.join(numbers)}]" if text.startswith("[") else ",".join(numbers))
+
+
+def mutate_tensor(draw: st.DrawFn, document: Document) -> None:
+    """Adds a tensor behind the others, whose length is right, if rounded, and whose shape may be at a limit."""
+    ends = [0] + [end for _, end in offsets_of(document)]
+    dtype = draw(st.sampled_from(["U8", "F32", *sorted(DTYPE_BITS), "f32", "F8", "u8"]))
+    sizes = st.sampled_from([0, 1, 2, 3, 4, 5, 2**32, 2**53 - 1, 2**53, 2**63, 2**64 - 1, 2**64])
+    limits = st.sampled_from([[2**53 - 1, 2**53 - 1, 0], [2**32, 2**32, 0], [0, 2**53 - 1, 2**53 - 1], [2**32, 2**29]])
+    shape = draw(st.lists(sizes, max_size=3) | limits)
+    length = math.prod(shape) * DTYPE_BITS.get(dtype, 8 * len(dtype)) // 8
+    end = max(ends) + (length if length < len(DATA) else 0)
+    document.append((draw(st.sampled_from(['"new"', *KEYS])), entry_of(f'"{dtype}"', shape, max(ends), end)))
+
+
 def mutate_number(draw: st.DrawFn, document: Document) -> None:
     entry = draw_entry(draw, document)
     at = draw(st.integers(0, len(entry) - 1))
@@ -161,13 +190,14 @@ def mutate_number(draw: st.DrawFn, document: Document) -> None:
 
 def mutate_shift(draw: st.DrawFn, document: Document) -> None:
     """Moves one tensor, or all from one on: gaps, overlaps, holes at the start, data after the end."""
-    first = draw(st.integers(0, 3))
-    last = draw(st.sampled_from([first, 99]))
+    first = draw(st.integers(0, max(0, len(document) - 1)))
+    last = draw(st.sampled_from([first, len(document)]))
     by = draw(st.sampled_from([-8, -4, -1, 1, 4, 8]))
     for _, entry in document[first : last + 1]:
         for at, (key, text) in enumerate(entry if isinstance(entry, list) else []):
             if key == '"data_offsets"' and all(part.isdigit() for part in text.strip("[]").split(",")):
-                entry[at] = (key, str([max(0, int(part[:30]) + by) for part in text.strip("[]").split(",")]))
+                numbers = [str(max(0, int(part[:30]) + by)) for part in text.strip("[]").split(",")]
+                entry[at] = (key, f"[{','.join(numbers)}]")
 
 
 def mutate_value(draw: st.DrawFn, document: Document) -> None:
@@ -223,7 +253,8 @@ def mutate_metadata(draw: st.DrawFn, document: Document) -> None:
 
 
 MUTATIONS: list[Callable[[st.DrawFn, Document], None]] = [
-    mutate_number,
+    mutate_spelling,
+    mutate_tensor,
     mutate_number,
     mutate_shift,
     mutate_value,
@@ -232,6 +263,18 @@ MUTATIONS: list[Callable[[st.DrawFn, Document], None]] = [
     mutate_tensors,
     mutate_metadata,
 ]
+
+
+def entry_of(dtype: str, shape: Sequence[int], begin: int, end: int) -> Entry:
+    sizes = ",".join(map(str, shape))
+    return [('"dtype"', dtype), ('"shape"', f"[{sizes}]"), ('"data_offsets"', f"[{begin},{end}]")]
+
+
+def offsets_of(document: Document) -> list[tuple[int, int]]:
+    """Those offsets that are whole numbers yet."""
+    texts = [text for _, entry in document if isinstance(entry, list) for key, text in entry if key == '"data_offsets"']
+    found = [re.fullmatch(r"\[([0-9]{1,4}),([0-9]{1,4})\]", text) for text in texts]
+    return [(int(match[1]), int(match[2])) for match in found if match]
 
 
 def draw_entry(draw: st.DrawFn, document: Document) -> Entry:
@@ -256,16 +299,17 @@ def mutated_json(draw: st.DrawFn) -> bytes:
     end = 0
     for spec in layout:
         begin, end = end, end + spec.nbytes
-        entry = [("dtype", f'"{spec.dtype}"'), ("shape", str(list(spec.shape))), ("data_offsets", str([begin, end]))]
-        document.append((json.dumps(spec.name), [(f'"{key}"', value) for key, value in entry]))
-    for _ in range(draw(st.integers(0, 3))):
+        document.append((json.dumps(spec.name), entry_of(f'"{spec.dtype}"', spec.shape, begin, end)))
+    for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
         draw(st.sampled_from(MUTATIONS))(draw, document)
-    space = draw(st.sampled_from(["", "", " ", "\n\t\r", "\x0b", "\xa0"]))
+    if draw(st.integers(0, 7)):  # else the data has the old length
+        end = min(max([0] + [end for _, end in offsets_of(document)]), len(DATA))
+    space = draw(st.sampled_from(["", "", "", "", " ", "\n\t\r", "\x0b", "\xa0"]))
     text = spell(document, space)
-    if draw(st.integers(0, 3)) == 0:
+    if draw(st.integers(0, 7)) == 0:
         text = draw(st.sampled_from(SPACES)) + text + draw(st.sampled_from(SPACES))
     header = text.encode("utf-8", "surrogatepass")
-    if draw(st.integers(0, 5)) == 0:
+    if draw(st.integers(0, 15)) == 0:
         end = max(0, end + draw(st.sampled_from([-8, -1, 1, 4, 8])))
     return len(header).to_bytes(8, "little") + header + DATA[:end]
 

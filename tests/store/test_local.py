@@ -120,7 +120,9 @@ class TestCreating:
             create_store(store.root, uuid4().hex)
         assert open_store(store.root).registry_id == ID
 
-    @pytest.mark.parametrize("registry_id", ["", "x" * 32, ID.upper(), ID + "\n", str(uuid4())])
+    @pytest.mark.parametrize(
+        "registry_id", ["", "x" * 32, ID.upper(), ID + "\n", "01234567-89ab-cdef-0123-456789abcdef"]
+    )
     def test_wants_a_plain_id(self, tmp_path: Path, registry_id: str) -> None:
         with pytest.raises(InvalidInput, match="32 lower-case hex"):
             create_store(tmp_path / "store", registry_id)
