@@ -19,14 +19,28 @@ from registry.operations import annotate, discover, inspect, tagging
 from registry.operations.context import Context
 from registry.operations.discover import Location
 from registry.operations.inspect import Details, Found, Lineage
-from registry.operations.pull import PullResult
-from registry.operations.push import PushResult
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from registry.operations.pull import PullResult
+    from registry.operations.push import PushResult
+
 __all__ = ["Details", "Event", "Finding", "Lineage", "PullResult", "PushResult", "Registry", "Version"]
+
+
+def __getattr__(name: str) -> Any:
+    # Only who pushes or pulls pays for what that needs: half as much again as all of `registry list`.
+    if name == "PushResult":
+        from registry.operations.push import PushResult
+
+        return PushResult
+    if name == "PullResult":
+        from registry.operations.pull import PullResult
+
+        return PullResult
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclass(frozen=True)
@@ -128,7 +142,7 @@ class Registry:
         Raises:
             InvalidInput, Conflict, ReadOnly, NoSpace
         """
-        location = Location(str(Path.cwd() / discover.FOLDER)) if url is None else discover.locate(url)
+        location = Location(str(discover.working_folder() / discover.FOLDER)) if url is None else discover.locate(url)
         context, _ = discover.create(location, store=None if store is None else os.fspath(store))
         return cls(context)
 

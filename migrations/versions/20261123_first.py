@@ -80,19 +80,28 @@ def upgrade() -> None:
         "lora_config",
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
         sa.Column("digest", sa.LargeBinary(length=32), nullable=False),
-        sa.Column("peft_type", sa.Text(), nullable=False),
+        sa.Column("peft_type", sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), nullable=False),
         sa.Column("r", sa.Integer(), nullable=True),
         sa.Column("lora_alpha", sa.Double(), nullable=True, comment="NULL: not recorded with the adapter"),
         sa.Column("lora_dropout", sa.Double(), nullable=True),
         sa.Column("use_rslora", sa.Boolean(), nullable=True),
         sa.Column("use_dora", sa.Boolean(), nullable=True),
         sa.Column("lora_bias", sa.Boolean(), nullable=True),
-        sa.Column("bias", sa.Text(), nullable=True),
-        sa.Column("init_lora_weights", sa.Text(), nullable=True),
+        sa.Column("bias", sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), nullable=True),
+        sa.Column("init_lora_weights", sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), nullable=True),
         sa.Column("fan_in_fan_out", sa.Boolean(), nullable=True),
-        sa.Column("task_type", sa.Text(), nullable=True),
-        sa.Column("base_model", sa.Text(), nullable=True, comment="base_model_name_or_path as recorded"),
+        sa.Column("task_type", sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), nullable=True),
+        sa.Column(
+            "base_model",
+            sa.Text().with_variant(sa.Text(collation="C"), "postgresql"),
+            nullable=True,
+            comment="base_model_name_or_path as recorded",
+        ),
         sa.Column("document", sa.Text(), nullable=True, comment="the whole configuration, JSON; for display only"),
+        sa.CheckConstraint("abs(lora_alpha) <= 1.7976931348623157e308", name=op.f("ck_lora_config_lora_alpha_finite")),
+        sa.CheckConstraint(
+            "abs(lora_dropout) <= 1.7976931348623157e308", name=op.f("ck_lora_config_lora_dropout_finite")
+        ),
         sa.CheckConstraint("length(digest) = 32", name=op.f("ck_lora_config_digest_length")),
         sa.CheckConstraint("r IS NULL OR r >= 0", name=op.f("ck_lora_config_r")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_lora_config")),
@@ -196,7 +205,7 @@ def upgrade() -> None:
         sa.Column("number", sa.Integer(), nullable=False),
         sa.Column("manifest_digest", sa.LargeBinary(length=32), nullable=False),
         sa.Column("content_digest", sa.LargeBinary(length=32), nullable=False),
-        sa.Column("kind", sa.Text(), nullable=False),
+        sa.Column("kind", sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), nullable=False),
         sa.Column("state", sa.Text(), nullable=False),
         sa.Column("layout_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=True),
         sa.Column("lora_config_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=True),
@@ -210,15 +219,15 @@ def upgrade() -> None:
         ),
         sa.Column(
             "torch_version",
-            sa.Text(),
+            sa.Text().with_variant(sa.Text(collation="C"), "postgresql"),
             nullable=True,
             comment="seen at the push, like python_version and the git columns",
         ),
-        sa.Column("python_version", sa.Text(), nullable=True),
-        sa.Column("git_commit", sa.Text(), nullable=True),
+        sa.Column("python_version", sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), nullable=True),
+        sa.Column("git_commit", sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), nullable=True),
         sa.Column("git_dirty", sa.Boolean(), nullable=True),
-        sa.Column("message", sa.Text(), nullable=True),
-        sa.Column("created_by", sa.Text(), nullable=False),
+        sa.Column("message", sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), nullable=True),
+        sa.Column("created_by", sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False, comment="UTC, microseconds since 1970"),
         sa.CheckConstraint("kind IN ('adapter', 'base', 'checkpoint')", name=op.f("ck_version_kind_known")),
         sa.CheckConstraint("state IN ('present', 'removed')", name=op.f("ck_version_state_known")),
@@ -312,7 +321,7 @@ def upgrade() -> None:
             "ix_event_outbox",
             ["artifact_id", "seq"],
             unique=False,
-            sqlite_where=sa.text("NOT journaled"),
+            sqlite_where=sa.text("journaled = 0"),
             postgresql_where=sa.text("NOT journaled"),
         )
         batch_op.create_index("ix_event_tag", ["artifact_id", "tag", "seq"], unique=False)
@@ -343,6 +352,7 @@ def upgrade() -> None:
         sa.Column("parent_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("relation", sa.Text(), nullable=False),
         sa.Column("weight", sa.Double(), nullable=True),
+        sa.CheckConstraint("abs(weight) <= 1.7976931348623157e308", name=op.f("ck_lineage_weight_finite")),
         sa.CheckConstraint(
             "relation IN ('trained_on', 'continued_from', 'merged_from', 'extracted_from', 'converted_from')",
             name=op.f("ck_lineage_relation_known"),
@@ -365,6 +375,7 @@ def upgrade() -> None:
         sa.Column(
             "number_value", sa.Double(), nullable=True, comment="set where the value is a number, and compared as such"
         ),
+        sa.CheckConstraint("abs(number_value) <= 1.7976931348623157e308", name=op.f("ck_metadata_number_value_finite")),
         sa.CheckConstraint(
             "length(key) BETWEEN 1 AND 128 AND length(text_value) <= 500", name=op.f("ck_metadata_lengths")
         ),
@@ -388,6 +399,7 @@ def upgrade() -> None:
         sa.Column("kind", sa.Text(), nullable=False),
         sa.Column("step", sa.BigInteger(), nullable=True),
         sa.Column("at", sa.BigInteger(), nullable=False, comment="UTC, microseconds since 1970"),
+        sa.CheckConstraint("abs(value) <= 1.7976931348623157e308", name=op.f("ck_metric_value_finite")),
         sa.CheckConstraint("(kind = 'finite') = (value IS NOT NULL)", name=op.f("ck_metric_value_of_kind")),
         sa.CheckConstraint("kind IN ('finite', 'nan', 'inf', '-inf')", name=op.f("ck_metric_kind_known")),
         sa.CheckConstraint("length(key) BETWEEN 1 AND 128", name=op.f("ck_metric_key_length")),
@@ -397,7 +409,7 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("metric", schema=None) as batch_op:
         batch_op.create_index(
-            batch_op.f("ix_metric_key_value_version_id"), ["key", "value", "version_id"], unique=False
+            batch_op.f("ix_metric_key_kind_value_version_id"), ["key", "kind", "value", "version_id"], unique=False
         )
 
     op.create_table(
@@ -476,7 +488,6 @@ def upgrade() -> None:
         batch_op.create_index(batch_op.f("ix_version_file_sha256"), ["sha256"], unique=False)
 
 
-
 def downgrade() -> None:
     with op.batch_alter_table("version_file", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_version_file_sha256"))
@@ -496,7 +507,7 @@ def downgrade() -> None:
 
     op.drop_table("tag")
     with op.batch_alter_table("metric", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_metric_key_value_version_id"))
+        batch_op.drop_index(batch_op.f("ix_metric_key_kind_value_version_id"))
 
     op.drop_table("metric")
     with op.batch_alter_table("metadata", schema=None) as batch_op:
@@ -516,7 +527,7 @@ def downgrade() -> None:
         batch_op.drop_index(batch_op.f("ix_event_version_id_seq"))
         batch_op.drop_index("ix_event_tag")
         batch_op.drop_index(
-            "ix_event_outbox", sqlite_where=sa.text("NOT journaled"), postgresql_where=sa.text("NOT journaled")
+            "ix_event_outbox", sqlite_where=sa.text("journaled = 0"), postgresql_where=sa.text("NOT journaled")
         )
 
     op.drop_table("event")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, select, update
 
 from registry.catalog.rows import batches, ids_by_digest, insert_missing
 from registry.catalog.tables import blob, blob_tensors, component, layout, layout_tensor, target, tensor_index
@@ -45,30 +45,28 @@ class StoredTensor:
 
 
 def register_layouts(connection: Connection, layouts: Iterable[tuple[Layout, Sequence[Target]]]) -> dict[str, int]:
-    """Row ids of layouts by digest; a new layout gets its tensors and targets."""
+    """Row ids of layouts by digest; a new layout gets its tensors, and one without targets those that are given."""
     wanted = {one.digest: (one, targets) for one, targets in layouts}
     ordered = sorted(wanted)
     known = ids_by_digest(connection, layout, ordered)
     missing = [digest for digest in ordered if digest not in known]
-    if not missing:
-        return known
-    insert_missing(
-        connection,
-        layout,
-        [
-            {
-                "digest": digest,
-                "tensors": len(wanted[digest][0]),
-                "parameters": wanted[digest][0].parameters,
-                "nbytes": wanted[digest][0].nbytes,
-            }
-            for digest in missing
-        ],
-    )
-    known = ids_by_digest(connection, layout, ordered)
+    if missing:
+        insert_missing(
+            connection,
+            layout,
+            [
+                {
+                    "digest": digest,
+                    "tensors": len(wanted[digest][0]),
+                    "parameters": wanted[digest][0].parameters,
+                    "nbytes": wanted[digest][0].nbytes,
+                }
+                for digest in missing
+            ],
+        )
+        known = ids_by_digest(connection, layout, ordered)
     for digest in missing:
-        one, targets = wanted[digest]
-        for batch in batches(enumerate(one)):
+        for batch in batches(enumerate(wanted[digest][0])):
             insert_missing(
                 connection,
                 layout_tensor,
@@ -83,23 +81,34 @@ def register_layouts(connection: Connection, layouts: Iterable[tuple[Layout, Seq
                     for position, spec in batch
                 ],
             )
-        for few in batches(targets):
+    # Not of new layouts alone: the same tensors may have come as a checkpoint before.
+    _insert_targets(connection, {known[digest]: wanted[digest][1] for digest in ordered if wanted[digest][1]})
+    return known
+
+
+def _insert_targets(connection: Connection, wanted: Mapping[int, Sequence[Target]]) -> None:
+    there: set[int] = set()
+    for ids in batches(wanted):
+        there.update(
+            connection.execute(select(target.c.layout_id).where(target.c.layout_id.in_(ids)).distinct()).scalars()
+        )
+    for layout_id, targets in wanted.items():
+        for few in batches(targets if layout_id not in there else ()):
             insert_missing(
                 connection,
                 target,
                 [
                     {
-                        "layout_id": known[digest],
-                        "module": one_target.module,
-                        "kind": one_target.kind,
-                        "rank": one_target.rank,
-                        "in_features": one_target.in_features,
-                        "out_features": one_target.out_features,
+                        "layout_id": layout_id,
+                        "module": one.module,
+                        "kind": one.kind,
+                        "rank": one.rank,
+                        "in_features": one.in_features,
+                        "out_features": one.out_features,
                     }
-                    for one_target in few
+                    for one in few
                 ],
             )
-    return known
 
 
 def read_layout(connection: Connection, layout_id: int) -> Layout:
@@ -125,22 +134,33 @@ def register_blobs(
     """
     wanted = {one.digest: one for one in blobs}
     ordered = sorted(wanted)
-    before = ids_by_digest(connection, blob, ordered)
+    before: dict[str, int | None] = {}
+    for batch in batches(ordered):
+        known = connection.execute(select(blob.c.digest, blob.c.layout_id).where(blob.c.digest.in_(batch)))
+        before.update((digest, layout_id) for digest, layout_id in known)
     insert_missing(
         connection,
         blob,
         [
             {
                 "digest": digest,
-                "size": new.size,
+                "size": wanted[digest].size,
                 "state": "present",
-                "layout_id": None if new.layout is None else layout_ids[new.layout.digest],
+                "layout_id": _layout_id(wanted[digest], layout_ids),
                 "created_at": at,
             }
-            for digest, new in sorted(wanted.items())
+            for digest in ordered
             if digest not in before
         ],
     )
+    described = [one for one in ordered if wanted[one].layout is not None and before.get(one) is None]
+    for digest in described:
+        if digest in before:  # it came as a plain file
+            connection.execute(
+                update(blob)
+                .where(blob.c.digest == digest, blob.c.layout_id.is_(None))
+                .values(layout_id=_layout_id(wanted[digest], layout_ids))
+            )
     ids: dict[str, int] = {}
     for batch in batches(ordered):
         rows = connection.execute(
@@ -149,29 +169,22 @@ def register_blobs(
             .order_by(blob.c.digest)
             .with_for_update(read=True)
         )
-        for digest, identifier, state in rows:
-            if state == "deleting":
-                raise InUse(f"blob {digest} is being deleted by gc; push again")
-            ids[digest] = identifier
-    for digest, new in sorted(wanted.items()):
-        if digest not in before and new.layout is not None:
-            _index_tensors(connection, ids[digest], new, new.layout)
+        ids.update((digest, identifier) for digest, identifier, state in rows if state != "deleting")
+    if going := [digest for digest in ordered if digest not in ids]:
+        raise InUse(f"blob {going[0]} is being deleted by gc; push again")
+    for digest in described:
+        _index_tensors(connection, ids[digest], wanted[digest])
     return ids
 
 
-def _index_tensors(connection: Connection, blob_id: int, new: NewBlob, its_layout: Layout) -> None:
-    insert_missing(
-        connection,
-        blob_tensors,
-        [
-            {
-                "blob_id": blob_id,
-                "digests": pack_digests(new.tensors),
-            }
-        ],
-    )
+def _layout_id(new: NewBlob, layout_ids: Mapping[str, int]) -> int | None:
+    return None if new.layout is None else layout_ids[new.layout.digest]
+
+
+def _index_tensors(connection: Connection, blob_id: int, new: NewBlob) -> None:
+    insert_missing(connection, blob_tensors, [{"blob_id": blob_id, "digests": pack_digests(new.tensors)}])
     rows: dict[int, int] = {}
-    for ordinal, (spec, digest) in enumerate(zip(its_layout, new.tensors, strict=True)):
+    for ordinal, (spec, digest) in enumerate(zip(new.layout or (), new.tensors, strict=True)):
         if spec.nbytes >= (1 if new.index_all else INDEX_MIN_BYTES):
             rows.setdefault(index_prefix(digest), ordinal)
     for batch in batches(sorted(rows)):

@@ -83,6 +83,8 @@ def read_contents(connection: Connection, version_id: int) -> Contents:
         entries = unpack_entries(bytes(row.placement))
         if its_layout.digest != row.digest or len(tensors) != len(its_layout) or len(entries) != len(its_layout):
             raise Corrupt(f"component {row.role} of version row {version_id} does not agree with its layout")
+        if any(position not in blobs for position, _ in entries):
+            raise Corrupt(f"component {row.role} of version row {version_id} names a blob that the version has not")
         places = tuple((blobs[position][0], ordinal) for position, ordinal in entries)
         components[row.role] = StoredComponent(row.role, its_layout, tensors, places)
     files = tuple(

@@ -14,10 +14,10 @@ from sqlalchemy import Connection, insert
 
 from registry.catalog import tables
 from registry.catalog.blobs import NewBlob, register_blobs, register_layouts
-from registry.catalog.lineage import add_edges
+from registry.catalog.conditions import version_order
+from registry.catalog.lineage import add_edges, references
 from registry.catalog.names import LockedName
 from registry.catalog.rows import batches, ids_by_digest, insert_missing
-from registry.catalog.search import version_order
 from registry.catalog.versions import VersionKey
 from registry.core.adapter_config import AdapterConfig, canonical_config
 from registry.core.adapter_names import Target, targets_of
@@ -68,10 +68,11 @@ def insert_version(name: LockedName, new: NewVersion) -> VersionKey:
         LineageCycle
     """
     connection = name.connection
+    at = name.time_of_event(new.created_at)
     # Shared rows first and in the order of their digests, so that two pushes never wait for each other in a ring.
     layout_ids = register_layouts(connection, _layouts(new))
     config_id = _register_config(connection, new)
-    blob_ids = register_blobs(connection, new.blobs, layout_ids, new.created_at)
+    blob_ids = register_blobs(connection, new.blobs, layout_ids, at)
     number = name.next_number()
     main = next((role for role in MAIN_ROLES if role in new.layouts), None)
     row_id = connection.execute(
@@ -96,7 +97,7 @@ def insert_version(name: LockedName, new: NewVersion) -> VersionKey:
             git_dirty=new.environment.get("git_dirty"),
             message=new.message,
             created_by=new.created_by,
-            created_at=new.created_at,
+            created_at=at,
         )
         .returning(tables.version.c.id)
     ).scalar_one()
@@ -105,16 +106,20 @@ def insert_version(name: LockedName, new: NewVersion) -> VersionKey:
     edges = [*new.parents] if new.base_id is None else [("trained_on", new.base_id, None), *new.parents]
     add_edges(connection, key.id, edges)
     _insert_findings(connection, key.id, new.findings)
+    named = references(connection, [parent_id for _, parent_id, _ in edges])
     payload = {
         "manifest": new.manifest.digest,
         "content": new.content_digest,
+        # The manifest has digests, and one digest may be versions of several names.
+        "base": None if new.base_id is None else named[new.base_id],
+        "parents": [named[parent_id] for _, parent_id, _ in new.parents],
         "environment": dict(new.environment),
         "peft_version": new.peft_version,
         "message": new.message,
         "bytes_new": new.bytes_new,
         "placement": new.placement.to_json(),
     }
-    name.append("pushed", payload, actor=new.created_by, at=new.created_at, version=(key.id, number))
+    name.append("pushed", payload, actor=new.created_by, at=at, version=(key.id, number))
     return key
 
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import BigInteger, Connection, insert, literal, select
 
 from registry.catalog.rows import batches
 from registry.catalog.tables import artifact, lineage, version
 from registry.core.errors import LineageCycle
 
-MAX_DEPTH = 1000
-
 
 @dataclass(frozen=True)
 class Edge:
-    """One edge; references are `namespace/name@number`, `weight` only for `merged_from`."""
+    """One edge, by row ids; `weight` only for `merged_from`."""
 
     child_id: int
     parent_id: int
@@ -46,23 +44,23 @@ def add_edges(connection: Connection, child_id: int, parents: Sequence[tuple[str
 def walk(connection: Connection, version_id: int, *, up: bool) -> list[Edge]:
     """All edges towards the ancestors (`up`) or the descendants of a version, nearest first."""
     here, there = (lineage.c.child_id, lineage.c.parent_id) if up else (lineage.c.parent_id, lineage.c.child_id)
-    seen = {version_id}
-    frontier = [version_id]
-    edges: list[Edge] = []
-    for _ in range(MAX_DEPTH):
-        following: list[int] = []
-        for batch in batches(frontier):
-            rows = connection.execute(select(lineage).where(here.in_(batch)).order_by(here, there, lineage.c.relation))
-            for row in rows:
-                edges.append(Edge(row.child_id, row.parent_id, row.relation, row.weight))
-                other = row.parent_id if up else row.child_id
-                if other not in seen:
-                    seen.add(other)
-                    following.append(other)
-        if not following:
-            break
-        frontier = following
-    return edges
+    reached = select(literal(version_id, BigInteger).label("id")).cte("reached", recursive=True)
+    reached = reached.union(select(there).join(reached, here == reached.c.id))
+    edges: dict[int, list[Edge]] = {}
+    for row in connection.execute(
+        select(lineage).where(here.in_(select(reached.c.id))).order_by(there, lineage.c.relation)
+    ):
+        edge = Edge(row.child_id, row.parent_id, row.relation, row.weight)
+        edges.setdefault(edge.child_id if up else edge.parent_id, []).append(edge)
+    ordered: list[Edge] = []
+    level, seen = [version_id], {version_id}
+    while level:
+        outward = [edge for one in level for edge in edges.get(one, ())]
+        ordered += outward
+        ends = dict.fromkeys(edge.parent_id if up else edge.child_id for edge in outward)
+        level = sorted(one for one in ends if one not in seen)
+        seen.update(level)
+    return ordered
 
 
 def references(connection: Connection, version_ids: Sequence[int]) -> dict[int, str]:

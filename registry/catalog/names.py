@@ -35,9 +35,17 @@ class LockedName:
     last_event_at: datetime
     appended: list[Event] = field(default_factory=list)
 
+    @property
+    def reference(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
     def next_number(self) -> int:
         self.last_number += 1
         return self.last_number
+
+    def time_of_event(self, now: datetime) -> datetime:
+        """Now, or the time of the name's last event where the clock went back."""
+        return max(now, self.last_event_at)
 
     def append(
         self,
@@ -56,7 +64,7 @@ class LockedName:
             version: (row id, number) of the version that it is about.
         """
         self.last_seq += 1
-        self.last_event_at = max(at, self.last_event_at)
+        self.last_event_at = self.time_of_event(at)
         row_id, number = version if version else (None, None)
         self.connection.execute(
             insert(event).values(

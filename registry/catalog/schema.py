@@ -3,14 +3,19 @@ a database is of this program's revision is read in plain SQL."""
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, func, select, text
 
 from registry.core.errors import RegistryNotFound, SchemaOutOfDate
 
 HEAD = "20261123_first"
 """The newest revision in `migrations/versions`; a test holds it against alembic's own answer."""
+
+_UPGRADE_LOCK = 0x6C6F7262
+_alembic = threading.Lock()
+"""Alembic keeps the running environment in its modules, so a process runs one at a time."""
 
 
 def migrations_path() -> Path:
@@ -63,7 +68,7 @@ def known_revisions() -> set[str]:
 
 
 def upgrade(connection: Connection, revision_to: str = "head") -> None:
-    """Brings the schema to a revision (forward) inside the caller's connection.
+    """Brings the schema to a revision (forward) inside the caller's transaction, which waits for others that do so.
 
     Raises:
         SchemaOutOfDate: the database is of a revision that this program does not know.
@@ -71,10 +76,13 @@ def upgrade(connection: Connection, revision_to: str = "head") -> None:
     from alembic import command
     from alembic.config import Config
 
+    if connection.dialect.name == "postgresql":  # on SQLite the writing transaction is lock enough
+        connection.execute(select(func.pg_advisory_xact_lock(_UPGRADE_LOCK)))
     found = revision(connection)
     if found is not None and found not in known_revisions():
         check_revision(connection, "the database")
     config = Config()
     config.set_main_option("script_location", str(migrations_path()).replace("%", "%%"))
     config.attributes["connection"] = connection
-    command.upgrade(config, revision_to)
+    with _alembic:
+        command.upgrade(config, revision_to)

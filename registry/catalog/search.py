@@ -1,48 +1,20 @@
-"""From a question to version ids: patterns, tags, bases and `--where` conditions as SQL."""
+"""From a question to version ids: patterns, tags, bases and `--where` conditions put together and sorted, in
+statements that are fast without statistics (`benchmarks/catalog_queries.py` measures them)."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, false, func, literal, or_, select
+from sqlalchemy import Column, ColumnElement, Connection, Select, and_, select
 
-from registry.catalog.names import name_id
-from registry.catalog.tables import artifact, layout, lora_config, lora_target, metric, tag, version, version_metadata
-from registry.catalog.versions import resolve
-from registry.core.errors import InvalidQuery
-from registry.core.query import FIELDS, Condition, Operator, SortKey
-from registry.core.reference import parse_artifact, parse_moment, parse_reference, shown
+from registry.catalog.conditions import COLUMNS, Named, Said, condition_sql, has_tag, is_latest, matches, on_base
+from registry.catalog.tables import artifact, layout, lora_config, metric, tag, version, version_metadata
+from registry.core.query import Condition, SortKey
+from registry.core.reference import LATEST
 
-_COLUMNS: dict[str, ColumnElement[Any]] = {
-    "name": artifact.c.namespace + "/" + artifact.c.name,
-    "version": version.c.number,
-    "kind": version.c.kind,
-    "base_model": lora_config.c.base_model,
-    "peft_type": lora_config.c.peft_type,
-    "r": lora_config.c.r,
-    "lora_alpha": lora_config.c.lora_alpha,
-    "lora_dropout": lora_config.c.lora_dropout,
-    "use_rslora": lora_config.c.use_rslora,
-    "use_dora": lora_config.c.use_dora,
-    "lora_bias": lora_config.c.lora_bias,
-    "bias": lora_config.c.bias,
-    "init_lora_weights": lora_config.c.init_lora_weights,
-    "task_type": lora_config.c.task_type,
-    "peft_version": version.c.peft_order,
-    "torch_version": version.c.torch_version,
-    "python_version": version.c.python_version,
-    "git_commit": version.c.git_commit,
-    "git_dirty": version.c.git_dirty,
-    "size": version.c.size,
-    "parameters": layout.c.parameters,
-    "created_at": version.c.created_at,
-    "created_by": version.c.created_by,
-    "message": version.c.message,
-    "base": version.c.base_id,
-}
+_MOST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -51,12 +23,12 @@ class Search:
 
     Attributes:
         pattern: `namespace/name`, with `*` and `?`; without a `/` it is matched against both halves.
-        base_ids: row ids of the versions that count as the base, see `base_ids`.
+        base: a reference; `namespace/name` means any version of it.
         sort: either way, versions that lack the field and metrics that are not finite come last.
     """
 
     pattern: str | None = None
-    base_ids: tuple[int, ...] | None = None
+    base: str | None = None
     tag: str | None = None
     kind: str | None = None
     where: tuple[Condition, ...] = ()
@@ -71,231 +43,103 @@ def find_ids(connection: Connection, search: Search) -> list[int]:
 
     Raises:
         InvalidQuery: a value of the wrong type for its field.
+        InvalidReference, NotFound: of a base.
     """
-    dialect = connection.dialect.name
-    statement = (
-        select(version.c.id)
-        .join(artifact, artifact.c.id == version.c.artifact_id)
-        .outerjoin(lora_config, lora_config.c.id == version.c.lora_config_id)
-        .outerjoin(layout, layout.c.id == version.c.layout_id)
-        .where(version.c.state == "present")
-    )
-    if search.pattern is not None:
-        statement = statement.where(_matches(search.pattern, dialect))
-    if search.kind is not None:
-        statement = statement.where(version.c.kind == search.kind)
-    if search.tag is not None:
-        statement = statement.where(_has_tag(tag.c.name == search.tag, search.tag, "="))
-    if search.base_ids is not None:
-        statement = statement.where(version.c.base_id.in_(search.base_ids))
-    for condition in search.where:
-        statement = statement.where(_condition(connection, condition, dialect))
+    if search.sort is not None and search.sort.field == "metric":
+        return _by_metric(connection, search, search.sort)
+    return _ids(connection, search, _statement(connection, search))
+
+
+def _ids(connection: Connection, search: Search, statement: Select[int]) -> list[int]:
     statement = _sorted(statement, search.sort)
     if search.limit is not None:
-        statement = statement.limit(search.limit)
-    return list(connection.scalars(statement))
+        statement = statement.limit(min(search.limit, _MOST))
+    return list(connection.execute(statement).scalars())
+
+
+def _by_metric(connection: Connection, search: Search, sort: SortKey) -> list[int]:
+    """First those that have a finite value, from its index and no more than are wanted; then the others by name."""
+    statement = _statement(connection, search)
+    finite = and_(metric.c.version_id == version.c.id, metric.c.key == sort.key, metric.c.kind == "finite")
+    found = _ids(connection, search, statement.join(metric, finite))
+    left = None if search.limit is None else search.limit - len(found)
+    if left != 0:
+        without = statement.where(~select(metric.c.version_id).where(finite).correlate(version).exists())
+        found += _ids(connection, replace(search, sort=None, limit=left), without)
+    return found
+
+
+def _statement(connection: Connection, search: Search) -> Select[int]:
+    plain, named, said = _conditions(connection, search)
+    rare = [condition.is_rare(connection) for condition in said]
+    asked = [one.as_list() if few else one.asked_each() for one, few in zip(said, rare, strict=True)]
+    artifact_id: ColumnElement[int] = artifact.c.id
+    if connection.dialect.name == "sqlite" and not any(rare):
+        by_name = search.limit is not None and (search.sort is None or search.sort.field == "name")
+        if named or (by_name and not plain and len(said) <= 1):
+            # Names first. They are few where a condition is on them; and where most versions satisfy what is asked,
+            # they are walked in their order until there are enough. Without the sum SQLite, which has no statistics,
+            # goes through all versions, looks up the name of each and sorts them.
+            artifact_id = artifact.c.id + 0
+    return (
+        select(version.c.id)
+        .join(artifact, artifact_id == version.c.artifact_id)
+        .outerjoin(lora_config, lora_config.c.id == version.c.lora_config_id)
+        .outerjoin(layout, layout.c.id == version.c.layout_id)
+        .where(version.c.state == "present", *plain, *named, *asked)
+    )
+
+
+def _conditions(
+    connection: Connection, search: Search
+) -> tuple[list[ColumnElement[bool]], list[ColumnElement[bool]], list[Said]]:
+    """Conditions on a version's own columns, on its name, and on what was said of it."""
+    made: list[ColumnElement[bool] | Said | Named] = []
+    if search.pattern is not None:
+        made.append(matches(search.pattern, connection.dialect.name))
+    if search.kind is not None:
+        made.append(version.c.kind == search.kind)
+    if search.tag is not None:
+        made.append(Named(is_latest()) if search.tag == LATEST else has_tag(tag.c.name == search.tag))
+    if search.base is not None:
+        made.append(on_base(connection, search.base))
+    made += [condition_sql(connection, condition) for condition in search.where]
+    return (
+        [one for one in made if not isinstance(one, Said | Named)],
+        [one.matching for one in made if isinstance(one, Named)],
+        [one for one in made if isinstance(one, Said)],
+    )
 
 
 def _sorted(statement: Select[int], sort: SortKey | None) -> Select[int]:
-    by_name = (artifact.c.namespace, artifact.c.name, version.c.number.desc())
+    by_name = [artifact.c.namespace, artifact.c.name]
+    keys: Sequence[ColumnElement[Any]] = ()
     if sort is None:
-        return statement.order_by(*by_name)
-    if sort.field == "metric":
-        statement = statement.outerjoin(metric, and_(metric.c.version_id == version.c.id, metric.c.key == sort.key))
-        keys: list[ColumnElement[Any]] = [metric.c.value]
+        pass
+    elif sort.field == "name":
+        keys, by_name = by_name, []
+    elif sort.field == "metric":  # `_by_metric` has joined it
+        keys = [metric.c.value]  # finite ones, none of them NULL
     elif sort.field == "meta":
-        statement = statement.outerjoin(
-            version_metadata,
-            and_(version_metadata.c.version_id == version.c.id, version_metadata.c.key == sort.key),
-        )
+        of_key = and_(version_metadata.c.version_id == version.c.id, version_metadata.c.key == sort.key)
+        statement = statement.outerjoin(version_metadata, of_key)
         keys = [version_metadata.c.number_value, version_metadata.c.text_value]
+    elif sort.field == "base":
+        base, name = version.alias("base_version"), artifact.alias("base_artifact")
+        statement = statement.outerjoin(base, base.c.id == version.c.base_id)
+        statement = statement.outerjoin(name, name.c.id == base.c.artifact_id)
+        keys = [name.c.namespace, name.c.name, base.c.number]
     else:
-        keys = [_COLUMNS[sort.field]]
-    ordered = [(key.desc() if sort.descending else key.asc()).nulls_last() for key in keys]
-    return statement.order_by(*ordered, *by_name)
+        keys = [COLUMNS[sort.field]]
+    descending = sort is not None and sort.descending
+    ordered = [_direction(key, descending) for key in keys]
+    return statement.order_by(*ordered, *by_name, version.c.number.desc())
 
 
-def _matches(pattern: str, dialect: str) -> ColumnElement[bool]:
-    namespace, slash, name = pattern.partition("/")
-    if slash:
-        return and_(_glob(artifact.c.namespace, namespace, dialect), _glob(artifact.c.name, name, dialect))
-    if set(pattern) & set("*?"):
-        return _glob(_COLUMNS["name"], pattern, dialect)
-    return or_(artifact.c.namespace == pattern, artifact.c.name == pattern)
-
-
-def _glob(column: ColumnElement[Any], pattern: str, dialect: str) -> ColumnElement[bool]:
-    """`*` and `?` match; all else is literal; upper and lower case differ."""
-    if not set(pattern) & set("*?"):
-        return column == pattern
-    if dialect == "sqlite":
-        return column.op("GLOB", is_comparison=True, return_type=None)(pattern.replace("[", "[[]"))
-    escaped = re.sub(r"([\\%_])", r"\\\1", pattern).replace("*", "%").replace("?", "_")
-    return column.like(escaped, escape="\\")
-
-
-def _condition(connection: Connection, condition: Condition, dialect: str) -> ColumnElement[bool]:
-    if condition.field == "metric":
-        return _metric(condition)
-    if condition.field == "meta":
-        return _metadata(condition, dialect)
-    kind = FIELDS[condition.field]
-    if kind == "tag":
-        return _has_tag(_compare_text(tag.c.name, condition, dialect), condition.value, condition.op)
-    if kind == "target":
-        return _has_target(condition, dialect)
-    if kind == "base":
-        return _base(connection, condition)
-    column = _COLUMNS[condition.field]
-    if kind == "text":
-        return _compare_text(column, condition, dialect)
-    if condition.op == "~":
-        raise InvalidQuery(f"'{condition}': '~' compares text, and {condition.field} is a {kind}")
-    if kind == "boolean":
-        return _compare_boolean(column, condition)
-    if kind == "version":
-        return _compare(column, condition.op, version_order(condition.value, condition))
-    if kind == "time":
-        return _compare_time(column, condition)
-    return _compare(column, condition.op, _number(condition))
-
-
-def _compare(column: ColumnElement[Any], op: Operator, value: object) -> ColumnElement[bool]:
-    comparisons = {
-        "=": column == value,
-        "!=": column != value,
-        "<": column < value,
-        "<=": column <= value,
-        ">": column > value,
-        ">=": column >= value,
-    }
-    return comparisons[op]
-
-
-def _compare_text(column: ColumnElement[Any], condition: Condition, dialect: str) -> ColumnElement[bool]:
-    if condition.op != "~":
-        return _compare(column, condition.op, condition.value)
-    pattern = condition.value if set(condition.value) & set("*?") else f"*{condition.value}*"
-    return _glob(column, pattern, dialect)
-
-
-def _compare_boolean(column: ColumnElement[Any], condition: Condition) -> ColumnElement[bool]:
-    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    value = words.get(condition.value.lower())
-    if value is None or condition.op not in ("=", "!="):
-        raise InvalidQuery(f"'{condition}': {condition.field} is true or false, compared by = and !=")
-    return _compare(column, condition.op, value)
-
-
-def _compare_time(column: ColumnElement[Any], condition: Condition) -> ColumnElement[bool]:
-    moment = parse_moment(condition.value, str(condition))
-    if condition.op in ("=", "!=") and len(condition.value) == len("2026-11-01"):
-        within = and_(column >= moment, column < moment + timedelta(days=1))
-        return within if condition.op == "=" else ~within
-    return _compare(column, condition.op, moment)
-
-
-def _number(condition: Condition) -> float:
-    try:
-        return float(condition.value)
-    except ValueError:
-        raise InvalidQuery(f"'{condition}': {condition.field} is a number, {shown(condition.value)!r} is not") from None
-
-
-def version_order(text: str, condition: Condition | None = None) -> int:
-    """A version number such as `0.18` or `0.18.2.dev0` as one integer that sorts as versions do.
-
-    Raises:
-        InvalidQuery
-    """
-    match = re.match(r"(\d{1,6})(?:\.(\d{1,6}))?(?:\.(\d{1,6}))?", text)
-    if match is None:
-        raise InvalidQuery(f"'{condition}': {shown(text)!r} is not a version such as 0.18")
-    major, minor, patch = (int(part or 0) for part in match.groups())
-    return (major * 1_000_000 + minor) * 1_000_000 + patch
-
-
-def _has_tag(matching: ColumnElement[bool], value: str, op: str) -> ColumnElement[bool]:
-    if value == "latest" and op in ("=", "!="):
-        newest = (
-            select(func.max(version.c.number))
-            .where(version.c.state == "present", version.c.artifact_id == artifact.c.id)
-            .correlate(artifact)
-            .scalar_subquery()
-        )
-        return version.c.number == newest if op == "=" else version.c.number != newest
-    if op == "!=":
-        return version.c.id.not_in(select(tag.c.version_id).where(tag.c.name == value))
-    return version.c.id.in_(select(tag.c.version_id).where(matching))
-
-
-def _has_target(condition: Condition, dialect: str) -> ColumnElement[bool]:
-    if condition.op not in ("=", "!=", "~"):
-        raise InvalidQuery(f"'{condition}': target is one of a version's target modules; use =, != or ~")
-    if condition.op == "!=":
-        having = select(lora_target.c.lora_config_id).where(lora_target.c.target == condition.value)
-        return and_(version.c.lora_config_id.is_not(None), version.c.lora_config_id.not_in(having))
-    matching = _compare_text(lora_target.c.target, condition, dialect)
-    return version.c.lora_config_id.in_(select(lora_target.c.lora_config_id).where(matching))
-
-
-def _base(connection: Connection, condition: Condition) -> ColumnElement[bool]:
-    if condition.op not in ("=", "!="):
-        raise InvalidQuery(f"'{condition}': base is a reference; use = or !=")
-    ids = base_ids(connection, condition.value)
-    return version.c.base_id.in_(ids) if condition.op == "=" else version.c.base_id.not_in(ids)
-
-
-def base_ids(connection: Connection, text: str) -> tuple[int, ...]:
-    """Row ids of the versions that a base names: `ns/name` means every version of it, a pin or tag just one.
-
-    Raises:
-        InvalidReference, NotFound
-    """
-    reference = parse_reference(text)
-    if text.removeprefix("registry://") == reference.artifact:
-        namespace, name = parse_artifact(reference.artifact)
-        artifact_id = name_id(connection, namespace, name)
-        return tuple(connection.execute(select(version.c.id).where(version.c.artifact_id == artifact_id)).scalars())
-    return (resolve(connection, reference).id,)
-
-
-def _metric(condition: Condition) -> ColumnElement[bool]:
-    if condition.op == "~":
-        raise InvalidQuery(f"'{condition}': '~' compares text, and a metric is a number")
-    number = _number(condition)
-    of_key = metric.c.key == condition.key
-    nan, plus, minus = (metric.c.kind == kind for kind in ("nan", "inf", "-inf"))
-    if number != number:
-        kinds: dict[str, ColumnElement[bool]] = {"=": nan, "!=": ~nan}
-        matching = kinds.get(condition.op, false())
-    elif number in (float("inf"), float("-inf")):
-        same = plus if number > 0 else minus
-        below = and_(~nan, ~plus) if number > 0 else false()
-        above = false() if number > 0 else and_(~nan, ~minus)
-        table = {"=": same, "!=": ~same, "<": below, "<=": or_(below, same), ">": above, ">=": or_(above, same)}
-        matching = table[condition.op]
-    else:
-        matching = _compare(metric.c.value, condition.op, number)
-        beyond = {"<": minus, "<=": minus, ">": plus, ">=": plus, "!=": metric.c.kind != "finite"}
-        if condition.op in beyond:
-            matching = or_(matching, beyond[condition.op])
-    return version.c.id.in_(select(metric.c.version_id).where(of_key, matching))
-
-
-def _metadata(condition: Condition, dialect: str) -> ColumnElement[bool]:
-    try:
-        number: float | None = float(condition.value)
-    except ValueError:
-        number = None
-    text_matches = _compare_text(version_metadata.c.text_value, condition, dialect)
-    if condition.op == "~" or number is None or number != number:
-        matching = text_matches
-    elif condition.op in ("=", "!="):
-        as_number = _compare(version_metadata.c.number_value, condition.op, literal(number))
-        unset = version_metadata.c.number_value.is_(None)
-        matching = or_(as_number, and_(unset, text_matches))
-    else:
-        matching = _compare(version_metadata.c.number_value, condition.op, literal(number))
-    of_key = version_metadata.c.key == condition.key
-    return version.c.id.in_(select(version_metadata.c.version_id).where(of_key, matching))
+def _direction(key: ColumnElement[Any], descending: bool) -> ColumnElement[Any]:
+    ordered = key.desc() if descending else key.asc()
+    # Only where there may be none: NULLS LAST keeps SQLite from an index that has the order.
+    always = isinstance(key, Column) and (
+        key is metric.c.value or (key.table in (artifact, version) and not key.nullable)
+    )
+    return ordered if always else ordered.nulls_last()

@@ -61,6 +61,9 @@ def _one_of(column: str, *values: str) -> CheckConstraint:
     return CheckConstraint(f"{column} IN ({listed})", f"{column}_known")
 
 
+_LARGEST = "1.7976931348623157e308"
+"""The largest finite double: SQLite knows no NaN, and PostgreSQL sorts it above Infinity."""
+
 _WITHOUT_ROWID: dict[str, Any] = {"sqlite_with_rowid": False}
 
 registry_meta = Table(
@@ -152,18 +155,18 @@ lora_config = Table(
     metadata,
     _id(),
     _digest(unique=True),
-    Column("peft_type", Text, nullable=False),
+    Column("peft_type", BinaryText, nullable=False),
     Column("r", Integer),
     Column("lora_alpha", Double, comment="NULL: not recorded with the adapter"),
     Column("lora_dropout", Double),
     Column("use_rslora", Boolean),
     Column("use_dora", Boolean),
     Column("lora_bias", Boolean),
-    Column("bias", Text),
-    Column("init_lora_weights", Text),
+    Column("bias", BinaryText),
+    Column("init_lora_weights", BinaryText),
     Column("fan_in_fan_out", Boolean),
-    Column("task_type", Text),
-    Column("base_model", Text, comment="base_model_name_or_path as recorded"),
+    Column("task_type", BinaryText),
+    Column("base_model", BinaryText, comment="base_model_name_or_path as recorded"),
     Column("document", Text, comment="the whole configuration, JSON; for display only"),
     CheckConstraint("r IS NULL OR r >= 0", "r"),
     Index(None, "r"),
@@ -217,7 +220,7 @@ version = Table(
     Column("number", Integer, nullable=False),
     _digest("manifest_digest"),
     _digest("content_digest"),
-    Column("kind", Text, nullable=False),
+    Column("kind", BinaryText, nullable=False),
     Column("state", Text, nullable=False),
     _ref("layout_id", "layout", nullable=True),
     _ref("lora_config_id", "lora_config", nullable=True),
@@ -227,12 +230,12 @@ version = Table(
     Column("bytes_new", BigInteger, nullable=False, comment="bytes that the push added to the store"),
     Column("peft_version", Text, comment="that wrote the adapter; NULL: unknown"),
     Column("peft_order", BigInteger, comment="peft_version as one number, so that 0.9 < 0.18"),
-    Column("torch_version", Text, comment="seen at the push, like python_version and the git columns"),
-    Column("python_version", Text),
-    Column("git_commit", Text),
+    Column("torch_version", BinaryText, comment="seen at the push, like python_version and the git columns"),
+    Column("python_version", BinaryText),
+    Column("git_commit", BinaryText),
     Column("git_dirty", Boolean),
-    Column("message", Text),
-    Column("created_by", Text, nullable=False),
+    Column("message", BinaryText),
+    Column("created_by", BinaryText, nullable=False),
     _at(),
     UniqueConstraint("artifact_id", "number"),
     UniqueConstraint("artifact_id", "manifest_digest"),
@@ -341,7 +344,7 @@ event = Table(
         "ix_event_outbox",
         "artifact_id",
         "seq",
-        sqlite_where=text("NOT journaled"),
+        sqlite_where=text("journaled = 0"),  # as SQLAlchemy writes it: SQLite compares the words
         postgresql_where=text("NOT journaled"),
     ),
 )
@@ -385,7 +388,7 @@ metric = Table(
     _one_of("kind", "finite", "nan", "inf", "-inf"),
     CheckConstraint("(kind = 'finite') = (value IS NOT NULL)", "value_of_kind"),
     CheckConstraint("length(key) BETWEEN 1 AND 128", "key_length"),
-    Index(None, "key", "value", "version_id"),
+    Index(None, "key", "kind", "value", "version_id"),
     **_WITHOUT_ROWID,
 )
 
@@ -422,3 +425,5 @@ for _table in metadata.tables.values():
     for _column in _table.columns:
         if isinstance(_column.type, Digest):
             _table.append_constraint(CheckConstraint(f"length({_column.name}) = 32", f"{_column.name}_length"))
+        if isinstance(_column.type, Double):
+            _table.append_constraint(CheckConstraint(f"abs({_column.name}) <= {_LARGEST}", f"{_column.name}_finite"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 
 from registry.catalog.names import LockedName
 from registry.catalog.tables import tag, version
@@ -46,11 +46,12 @@ def move(
         TagProtected: it is protected and would move.
         TagMoved: it does not point to `expected`.
     """
+    at = name.time_of_event(at)
     there = current(name, tag_name)
     if expected is not None and (there[1] if there else 0) != expected:
         found = f"@{there[1]}" if there else "nothing"
         raise TagMoved(
-            f"{name.namespace}/{name.name}:{tag_name} points to {found}, expected "
+            f"{name.reference}:{tag_name} points to {found}, expected "
             f"{f'@{expected}' if expected else 'nothing'}; somebody moved it: look again and repeat"
         )
     if there is None:
@@ -60,7 +61,7 @@ def move(
     elif there[0] == to.id:
         return None
     elif there[2]:
-        raise protected(name, tag_name, there[1])
+        raise protected(name.reference, tag_name, there[1])
     else:
         name.connection.execute(
             update(tag)
@@ -71,8 +72,8 @@ def move(
     return name.append("tag_moved", payload, actor=actor, at=at, version=(to.id, to.number), tag=tag_name)
 
 
-def protected(name: LockedName, tag_name: str, number: int) -> TagProtected:
-    reference = f"{name.namespace}/{name.name}"
+def protected(reference: str, tag_name: str, number: int) -> TagProtected:
+    """The refusal to move or delete a protected tag."""
     return TagProtected(
         f"{reference}:{tag_name} is protected and stays at @{number}; lift the protection first: "
         f"registry tag {reference} {tag_name} --unprotect"
@@ -92,7 +93,7 @@ def protect(
     """
     there = current(name, tag_name)
     if there is None:
-        raise TagNotFound(f"{name.namespace}/{name.name} has no tag {tag_name}")
+        raise TagNotFound(f"{name.reference} has no tag {tag_name}")
     if there[2] == on:
         return None
     name.connection.execute(
@@ -110,21 +111,22 @@ def remove(name: LockedName, tag_name: str, *, actor: str, at: datetime, why: st
     """
     there = current(name, tag_name)
     if there is None:
-        raise TagNotFound(f"{name.namespace}/{name.name} has no tag {tag_name}")
+        raise TagNotFound(f"{name.reference} has no tag {tag_name}")
     if there[2]:
-        raise protected(name, tag_name, there[1])
+        raise protected(name.reference, tag_name, there[1])
     name.connection.execute(delete(tag).where(tag.c.artifact_id == name.id, tag.c.name == tag_name))
     payload = {"from": there[1], "why": why}
     return name.append("tag_deleted", payload, actor=actor, at=at, version=there[:2], tag=tag_name)
 
 
-def refuse_protected(name: LockedName, tag_names: Sequence[str], version_id: int | None) -> None:
-    """Fails early where one of the tags is protected and would move away from its version.
-
-    Raises:
-        TagProtected
+def refuse_protected(connection: Connection, artifact_id: int, reference: str, tag_names: Sequence[str]) -> None:
     """
-    for tag_name in tag_names:
-        there = current(name, tag_name)
-        if there is not None and there[2] and there[0] != version_id:
-            raise protected(name, tag_name, there[1])
+    Raises:
+        TagProtected: one of these tags of a name is protected.
+    """
+    for row in connection.execute(
+        select(tag.c.name, version.c.number)
+        .join(version, version.c.id == tag.c.version_id)
+        .where(tag.c.artifact_id == artifact_id, tag.c.name.in_(tag_names), tag.c.protected)
+    ):
+        raise protected(reference, row.name, row.number)

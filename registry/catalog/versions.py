@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, and_, func, select
-from sqlalchemy.sql.elements import ColumnElement
+from sqlalchemy import BigInteger, Connection, and_, func, literal, select
 
 from registry.catalog.names import name_id
 from registry.catalog.rows import batches
 from registry.catalog.tables import artifact, event, finding, lora_config, tag, version
-from registry.core.errors import InvalidReference, TagNotFound, VersionNotFound
+from registry.core.errors import InvalidReference, NotFound, TagNotFound, VersionNotFound
 from registry.core.event import read_payload
 from registry.core.reference import Reference
 
@@ -104,6 +103,13 @@ def same_content(connection: Connection, artifact_id: int, content_digest: str, 
     ).scalar()
 
 
+_KEYS = (
+    select(version.c.id, version.c.artifact_id, version.c.number, version.c.manifest_digest)
+    .join(artifact, artifact.c.id == version.c.artifact_id)
+    .where(version.c.state == "present")
+)
+
+
 def resolve(connection: Connection, reference: Reference) -> VersionKey:
     """The version that a reference names.
 
@@ -111,55 +117,36 @@ def resolve(connection: Connection, reference: Reference) -> VersionKey:
         ArtifactNotFound, VersionNotFound, TagNotFound: each says what there is.
         InvalidReference: a digest prefix that fits several versions.
     """
-    artifact_id = name_id(connection, reference.namespace, reference.name)
-    if reference.tag is not None:
-        return _by_tag(connection, artifact_id, reference)
-    if reference.digest is not None:
-        return _by_digest_prefix(connection, artifact_id, reference)
-    wanted: ColumnElement[bool] = version.c.state == "present"
-    if reference.number is not None:
-        wanted = and_(wanted, version.c.number == reference.number)
+    statement = _KEYS.where(artifact.c.namespace == reference.namespace, artifact.c.name == reference.name)
+    if reference.tag is not None and reference.moment is not None:
+        statement = statement.where(version.c.id == _tag_at(connection, reference))
+    elif reference.tag is not None:
+        of_tag = and_(tag.c.artifact_id == artifact.c.id, tag.c.version_id == version.c.id)
+        statement = statement.join(tag, of_tag).where(tag.c.name == reference.tag)
+    elif reference.digest is not None:
+        low, high = reference.digest.ljust(64, "0"), reference.digest.ljust(64, "f")
+        statement = statement.where(version.c.manifest_digest.between(low, high))
+    elif reference.number is not None:
+        # Of its own type: a number that the column cannot hold is one that is not there.
+        statement = statement.where(version.c.number == literal(reference.number, BigInteger))
     elif reference.moment is not None:
-        wanted = and_(wanted, version.c.created_at <= reference.moment)
-    found = _first(connection, artifact_id, wanted)
-    if found is None:
-        highest = connection.execute(select(artifact.c.last_number).where(artifact.c.id == artifact_id)).scalar()
-        raise VersionNotFound(f"{reference}: no such version; the highest number of {reference.artifact} is {highest}")
-    return found
+        statement = statement.where(version.c.created_at <= reference.moment)
+    several = reference.digest is not None
+    rows = connection.execute(statement.order_by(version.c.number.desc()).limit(5 if several else 1)).all()
+    if not rows:
+        raise _not_found(connection, reference)
+    if len(rows) > 1:
+        numbers = ", ".join(f"@{row.number}" for row in reversed(rows))
+        raise InvalidReference(f"{reference} is ambiguous: it fits {numbers}; give more digits")
+    return VersionKey(*rows[0])
 
 
-def _first(connection: Connection, artifact_id: int, wanted: ColumnElement[bool]) -> VersionKey | None:
-    row = connection.execute(
-        select(version.c.id, version.c.artifact_id, version.c.number, version.c.manifest_digest)
-        .where(version.c.artifact_id == artifact_id, wanted)
-        .order_by(version.c.number.desc())
-        .limit(1)
-    ).one_or_none()
-    return None if row is None else VersionKey(*row)
-
-
-def _by_tag(connection: Connection, artifact_id: int, reference: Reference) -> VersionKey:
-    if reference.moment is not None:
-        identifier = _tag_at(connection, artifact_id, reference)
-    else:
-        identifier = connection.execute(
-            select(tag.c.version_id).where(tag.c.artifact_id == artifact_id, tag.c.name == reference.tag)
-        ).scalar()
-    found = None if identifier is None else _first(connection, artifact_id, version.c.id == identifier)
-    if found is None:
-        tags = connection.execute(
-            select(tag.c.name).where(tag.c.artifact_id == artifact_id).order_by(tag.c.name).limit(20)
-        ).scalars()
-        known = ", ".join([*tags, "latest"])
-        raise TagNotFound(f"{reference}: no such tag; {reference.artifact} has {known}")
-    return found
-
-
-def _tag_at(connection: Connection, artifact_id: int, reference: Reference) -> int | None:
+def _tag_at(connection: Connection, reference: Reference) -> int | None:
+    """Row id of the version that a tag pointed to at a time."""
     row = connection.execute(
         select(event.c.kind, event.c.version_id)
         .where(
-            event.c.artifact_id == artifact_id,
+            event.c.artifact_id == name_id(connection, reference.namespace, reference.name),
             event.c.tag == reference.tag,
             event.c.kind.in_(("tag_moved", "tag_deleted")),
             event.c.at <= reference.moment,
@@ -170,53 +157,61 @@ def _tag_at(connection: Connection, artifact_id: int, reference: Reference) -> i
     return row.version_id if row is not None and row.kind == "tag_moved" else None
 
 
-def _by_digest_prefix(connection: Connection, artifact_id: int, reference: Reference) -> VersionKey:
-    prefix = reference.digest or ""
-    rows = connection.execute(
-        select(version.c.id, version.c.artifact_id, version.c.number, version.c.manifest_digest)
-        .where(
-            version.c.artifact_id == artifact_id,
-            version.c.state == "present",
-            version.c.manifest_digest.between(prefix.ljust(64, "0"), prefix.ljust(64, "f")),
-        )
-        .order_by(version.c.number)
-        .limit(5)
-    ).all()
-    if not rows:
-        raise VersionNotFound(f"{reference}: no version of {reference.artifact} has this digest")
-    if len(rows) > 1:
-        numbers = ", ".join(f"@{row.number}" for row in rows)
-        raise InvalidReference(f"{reference} is ambiguous: it fits {numbers}; give more digits")
-    return VersionKey(*rows[0])
+def _not_found(connection: Connection, reference: Reference) -> NotFound:
+    artifact_id = name_id(connection, reference.namespace, reference.name)
+    if reference.tag is None:
+        if reference.digest is not None:
+            return VersionNotFound(f"{reference}: no version of {reference.artifact} has this digest")
+        highest = connection.execute(select(artifact.c.last_number).where(artifact.c.id == artifact_id)).scalar()
+        return VersionNotFound(f"{reference}: no such version; the highest number of {reference.artifact} is {highest}")
+    if reference.moment is not None:
+        of_tag = event.c.artifact_id == artifact_id, event.c.tag == reference.tag
+        pointed = _tag_at(connection, reference)
+        if pointed is None and connection.execute(select(event.c.seq).where(*of_tag).limit(1)).first():
+            return TagNotFound(f"{reference}: the tag was not set then; 'registry tag --history' has its moves")
+    else:
+        pointed = connection.execute(
+            select(tag.c.version_id).where(tag.c.artifact_id == artifact_id, tag.c.name == reference.tag)
+        ).scalar()
+    if pointed is not None:
+        number = connection.execute(select(version.c.number).where(version.c.id == pointed)).scalar()
+        return VersionNotFound(f"{reference} points to {reference.artifact}@{number}, which was removed")
+    tags = connection.execute(
+        select(tag.c.name).where(tag.c.artifact_id == artifact_id).order_by(tag.c.name).limit(20)
+    ).scalars()
+    known = ", ".join([*tags, "latest"])
+    return TagNotFound(f"{reference}: no such tag; {reference.artifact} has {known}")
+
+
+_base_version = version.alias("base_version")
+_base_artifact = artifact.alias("base_artifact")
+_RECORDS = (
+    select(
+        version,
+        artifact.c.namespace,
+        artifact.c.name.label("artifact_name"),
+        lora_config.c.peft_type,
+        lora_config.c.r,
+        lora_config.c.lora_alpha,
+        lora_config.c.lora_dropout,
+        lora_config.c.use_rslora,
+        lora_config.c.use_dora,
+        lora_config.c.base_model,
+        lora_config.c.document,
+        _base_artifact.c.namespace.label("base_namespace"),
+        _base_artifact.c.name.label("base_name"),
+        _base_version.c.number.label("base_number"),
+        _base_version.c.manifest_digest.label("base_digest"),
+    )
+    .join(artifact, artifact.c.id == version.c.artifact_id)
+    .outerjoin(lora_config, lora_config.c.id == version.c.lora_config_id)
+    .outerjoin(_base_version, _base_version.c.id == version.c.base_id)
+    .outerjoin(_base_artifact, _base_artifact.c.id == _base_version.c.artifact_id)
+)
 
 
 def records(connection: Connection, ids: Sequence[int]) -> list[VersionRecord]:
     """The versions with these row ids, in their order."""
-    base_version = version.alias("base_version")
-    base_artifact = artifact.alias("base_artifact")
-    statement = (
-        select(
-            version,
-            artifact.c.namespace,
-            artifact.c.name.label("artifact_name"),
-            lora_config.c.peft_type,
-            lora_config.c.r,
-            lora_config.c.lora_alpha,
-            lora_config.c.lora_dropout,
-            lora_config.c.use_rslora,
-            lora_config.c.use_dora,
-            lora_config.c.base_model,
-            lora_config.c.document,
-            base_artifact.c.namespace.label("base_namespace"),
-            base_artifact.c.name.label("base_name"),
-            base_version.c.number.label("base_number"),
-            base_version.c.manifest_digest.label("base_digest"),
-        )
-        .join(artifact, artifact.c.id == version.c.artifact_id)
-        .outerjoin(lora_config, lora_config.c.id == version.c.lora_config_id)
-        .outerjoin(base_version, base_version.c.id == version.c.base_id)
-        .outerjoin(base_artifact, base_artifact.c.id == base_version.c.artifact_id)
-    )
     found: dict[int, VersionRecord] = {}
     for batch in batches(ids):
         tags = tags_of(connection, batch)
@@ -228,7 +223,7 @@ def records(connection: Connection, ids: Sequence[int]) -> list[VersionRecord]:
                 .group_by(finding.c.version_id)
             )
         }
-        for row in connection.execute(statement.where(version.c.id.in_(batch))):
+        for row in connection.execute(_RECORDS.where(version.c.id.in_(batch))):
             found[row.id] = _record(row, tags.get(row.id, ()), counts.get(row.id, 0))
     return [found[identifier] for identifier in ids if identifier in found]
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -14,12 +15,13 @@ from typing import Any
 
 from registry.core.config_fields import Fields, kind_of
 from registry.core.errors import InvalidConfig
-from registry.core.findings import Finding
+from registry.core.findings import Finding, Severity
 from registry.core.name_patterns import PatternTable, Undecided
 from registry.core.peft_keys import COMMON_KEYS, CONFIG_KEYS, KNOWN_PEFT, RETIRED_TYPES
 
 MAX_BYTES = 16 * 2**20
 MAX_DEPTH = 32
+MAX_FINDINGS_EACH = 20
 _EXACT = 2**53
 _UNORDERED = {
     *("exclude_modules", "feedforward_modules", "layers_pattern", "layers_to_transform"),
@@ -284,8 +286,8 @@ def _sorted(value: Any) -> Any:
     if not isinstance(value, list) or any(isinstance(item, dict | list) for item in value):
         return _exact(value)
     # By kind as well, because True == 1 in Python and not in JSON.
-    distinct = {(kind_of(item), item): _exact(item) for item in value}
-    return [distinct[key] for key in sorted(distinct, key=lambda key: _order(key[1]))]
+    distinct = {(kind_of(item), item): item for item in map(_exact, value)}
+    return sorted(distinct.values(), key=_order)
 
 
 def _exact(value: Any) -> Any:
@@ -293,10 +295,10 @@ def _exact(value: Any) -> Any:
         return {key: _exact(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_exact(item) for item in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e21:
+        value = int(value)  # RFC 8785 writes such a number without a point, and it would be read as an integer
     if type(value) is int and abs(value) >= _EXACT:
         return str(value)
-    if isinstance(value, float) and value.is_integer() and _EXACT <= abs(value) < 1e21:
-        return str(int(value))  # RFC 8785 writes it without a point, and it would be read as such an integer
     return value
 
 
@@ -340,7 +342,20 @@ def config_findings(config: AdapterConfig) -> tuple[Finding, ...]:
             message = f"no PEFT up to {KNOWN_PEFT} has this key, and would drop it: the adapter may compute otherwise"
             found.append(Finding("C02", "error", key[:200], message, "no such key", shown, f"{written}use that PEFT"))
     for name, table in (("rank_pattern", config.rank_keys), ("alpha_pattern", config.alpha_keys)):
-        for key in table.unreadable[:20]:
+        for key in table.unreadable:
             message = "this expression is not evaluated, so rank and scaling of some modules are unknown"
             found.append(Finding("C11", "warning", f"{name}[{key[:80]!r}]", message, mend="name the modules plainly"))
-    return tuple(found)
+    return tuple(some_of_each(found))
+
+
+def some_of_each(findings: Iterable[Finding]) -> Iterator[Finding]:
+    """At most `MAX_FINDINGS_EACH` of one code and severity, then one that counts the rest."""
+    count: Counter[tuple[str, Severity]] = Counter()
+    for finding in findings:
+        key = (finding.code, finding.severity)
+        count[key] += 1
+        if count[key] <= MAX_FINDINGS_EACH:
+            yield finding
+    for (code, severity), number in count.items():
+        if number > MAX_FINDINGS_EACH:
+            yield Finding(code, severity, "", f"{number - MAX_FINDINGS_EACH} more of these are not shown")

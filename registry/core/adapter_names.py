@@ -5,11 +5,10 @@ with the tensors or between them and the configuration. Names and shapes only. T
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from registry.core.adapter_config import AdapterConfig, alpha_of, rank_of, scaling
+from registry.core.adapter_config import AdapterConfig, alpha_of, rank_of, scaling, some_of_each
 from registry.core.config_fields import MAX_WHOLE
 from registry.core.findings import Finding, Severity
 from registry.core.layout import Layout
@@ -17,7 +16,6 @@ from registry.core.tensor_names import base_name, canonical_name, is_adapter_ten
 
 __all__ = ["Target", "base_name", "canonical_name", "is_adapter_tensor", "target_scaling", "targets_of"]
 
-MAX_FINDINGS_EACH = 20
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 """What PEFT saves beside an adapter without being asked (its `EMBEDDING_LAYER_NAMES`)."""
 
@@ -66,7 +64,7 @@ def targets_of(layout: Layout, config: AdapterConfig | None) -> tuple[tuple[Targ
     reader = _Reader(config)
     reader.read(layout)
     targets = sorted(reader.targets(), key=lambda target: (target.module, target.kind))
-    return tuple(targets), tuple(_some_of_each(reader.findings))
+    return tuple(targets), tuple(some_of_each(reader.findings))
 
 
 def target_scaling(config: AdapterConfig, target: Target) -> float | None:
@@ -360,17 +358,3 @@ def _widened(path: str, columns: int, blocks: int, config: AdapterConfig) -> int
     if isinstance(names, list) and any(isinstance(name, str) and name in path for name in names):
         return columns * blocks
     return columns
-
-
-def _some_of_each(findings: list[Finding]) -> Iterable[Finding]:
-    """At most `MAX_FINDINGS_EACH` of a code and severity, then one that counts the rest."""
-    count: Counter[tuple[str, Severity]] = Counter()
-    for finding in findings:
-        key = (finding.code, finding.severity)
-        count[key] += 1
-        if count[key] <= MAX_FINDINGS_EACH:
-            yield finding
-    for (code, severity), number in count.items():
-        if number > MAX_FINDINGS_EACH:
-            text = f"{number - MAX_FINDINGS_EACH} more of these are not shown"
-            yield Finding(code, severity, "", text)

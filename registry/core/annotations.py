@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from registry.core.canonical_json import MAX_INTEGER
 from registry.core.errors import InvalidInput
 from registry.core.event import number_to_json
 from registry.core.reference import shown
 
 MAX_TEXT = 500
+MAX_MESSAGE = 10_000
 _KEY = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_./-]*[A-Za-z0-9_])?")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_NOT_TEXT = re.compile(r"[\0\ud800-\udfff]")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,15}")
 MetricKind = Literal["finite", "nan", "inf", "-inf"]
 
@@ -71,6 +75,38 @@ def check_key(key: object, what: str) -> str:
     return key
 
 
+def check_text(text: object, what: str, most: int = MAX_MESSAGE) -> str:
+    """Free text that journal and databases can hold: a message, a reason, a metadata value.
+
+    Raises:
+        InvalidInput
+    """
+    if not isinstance(text, str):
+        raise InvalidInput(f"{what}: expected text, found {type(text).__name__}")
+    if len(text) > most:
+        raise InvalidInput(f"{what}: {len(text)} characters; {most} is the most")
+    if _NOT_TEXT.search(text):
+        raise InvalidInput(f"{what}: NUL and halves of surrogate pairs cannot be kept")
+    return text
+
+
+def check_step(step: object) -> int | None:
+    """A training step, or None where there is none.
+
+    Raises:
+        InvalidInput
+    """
+    if step is None:
+        return None
+    try:
+        number = operator.index(step)  # type: ignore[arg-type]  # numpy's integers too
+    except TypeError:
+        number = -1
+    if not 0 <= number <= MAX_INTEGER:
+        raise InvalidInput(f"step {shown(repr(step))}: expected a whole number from 0 to 2**53 - 1")
+    return number
+
+
 def read_metadata(given: Mapping[str, object]) -> dict[str, MetadataValue]:
     """Checks metadata; text, numbers and booleans (kept as `true` and `false`) are taken.
 
@@ -94,9 +130,7 @@ def _metadata_value(key: str, value: object) -> MetadataValue:
         raise InvalidInput(f"metadata {key}: expected text or a number, found {type(value).__name__}")
     if len(value) > MAX_TEXT:
         raise InvalidInput(f"metadata {key}: {len(value)} characters; {MAX_TEXT} is the most (use a message, -m)")
-    if "\x00" in value:
-        raise InvalidInput(f"metadata {key}: a NUL character cannot be kept")
-    return MetadataValue(value, None)
+    return MetadataValue(check_text(value, f"metadata {key}", MAX_TEXT), None)
 
 
 def parse_metadata_text(text: str) -> str | MetadataValue:
@@ -149,3 +183,5 @@ def _float(value: object, what: str) -> float:
         return float(value)  # type: ignore[arg-type]  # the callers know that it has __float__
     except OverflowError as error:
         raise InvalidInput(f"{what}: the number does not fit in 64 bits") from error
+    except ValueError as error:  # Decimal("sNaN")
+        raise InvalidInput(f"{what}: {error}") from error

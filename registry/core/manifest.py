@@ -4,16 +4,17 @@ where the bytes lie (that is `placement`). docs/format.md specifies it for other
 
 from __future__ import annotations
 
-import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
-import rfc8785
-
+from registry.core.canonical_json import MAX_INTEGER, canonical_json, parse_json
 from registry.core.digest import is_digest, sha256_hex
-from registry.core.errors import InvalidInput, InvalidManifest
+from registry.core.errors import InvalidManifest
 
 FORMAT = 1
 Kind = Literal["adapter", "base", "checkpoint"]
@@ -22,13 +23,17 @@ Relation = Literal["trained_on", "continued_from", "merged_from", "extracted_fro
 RELATIONS: tuple[str, ...] = get_args(Relation)
 MAX_FILE_PATH = 512
 
+_ROLE = re.compile(r"[a-z][a-z0-9_.-]{0,63}")
+# By code points and not `str.isprintable`, which changes with the Unicode version of the program that asks.
+_NOT_IN_A_PATH = re.compile(r"[\\\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 @dataclass(frozen=True, slots=True)
 class Component:
     """One state dict of a version.
 
     Attributes:
-        role: `model`, `adapter`, `ema`, `optimizer`, ...
+        role: `model`, `adapter`, `ema`, `optimizer`, ...: 1 to 64 of a-z, 0-9, `_`, `.`, `-`, a letter first.
         layout: digest of the layout document, which is a blob.
         tensors: tensor digests (hex) in layout order.
     """
@@ -45,7 +50,7 @@ class File:
     Attributes:
         path: relative, with `/`.
         sha256: of the whole file.
-        component: role of the component that the file carries, if it is a safetensors file.
+        component: role of the component that the file carries, if it is a safetensors file. No two files carry one.
     """
 
     path: str
@@ -65,7 +70,7 @@ class Parent:
 
 @dataclass(frozen=True)
 class Manifest:
-    """See the module's text. Components are ordered by role, files by path, parents as given."""
+    """See the module's text. Components and files are ordered by role and path (by code point), parents as given."""
 
     kind: str
     components: tuple[Component, ...]
@@ -80,12 +85,9 @@ class Manifest:
         """Canonical bytes.
 
         Raises:
-            InvalidInput: the config holds a number that JSON cannot (NaN, or an integer over 2**53).
+            InvalidInput: the config or recipe holds what JSON cannot (NaN, or an integer over 2**53).
         """
-        try:
-            return rfc8785.dumps(self._tree())
-        except (rfc8785.CanonicalizationError, RecursionError) as error:
-            raise InvalidInput(f"the configuration cannot be written as canonical JSON: {error}") from error
+        return canonical_json(self._tree(), "the manifest")
 
     @cached_property
     def digest(self) -> str:
@@ -114,7 +116,7 @@ class Manifest:
             InvalidManifest: wrong format number, a field of the wrong type, or bytes that are not canonical.
         """
         try:
-            tree = json.loads(document)
+            tree = parse_json(document)
             if tree["format"] != FORMAT:
                 raise InvalidManifest(f"manifest format {tree['format']!r}; this program reads format {FORMAT}")
             manifest = cls(
@@ -152,18 +154,45 @@ class Manifest:
                 raise InvalidManifest(f"not a digest of 64 hex digits: {digest!r}"[:200])
         if self.kind not in KINDS:
             raise InvalidManifest(f"kind {self.kind!r}; expected one of {', '.join(KINDS)}"[:200])
-        roles = {c.role for c in self.components}
+        for what, value in (("config", self.config), ("recipe", self.recipe)):
+            if value is not None and not isinstance(value, Mapping):
+                raise InvalidManifest(f"{what}: expected an object or null, found {type(value).__name__}")
+        self._check_files()
+        self._check_parents()
+
+    def _check_files(self) -> None:
+        free = {c.role for c in self.components}
+        if len(free) != len(self.components) or not all(_ROLE.fullmatch(role) for role in free):
+            raise InvalidManifest(f"components {sorted(free)}: expected distinct roles of a-z, 0-9, '_', '.' and '-'")
         for file in self.files:
             check_file_path(file.path)
-            if type(file.size) is not int or file.size < 0:
+            if type(file.size) is not int or not 0 <= file.size <= MAX_INTEGER:
                 raise InvalidManifest(f"size of {file.path!r}: {file.size!r}"[:200])
-            if file.component is not None and file.component not in roles:
-                raise InvalidManifest(f"file {file.path!r} names the unknown component {file.component!r}"[:200])
-        if len({f.path for f in self.files}) != len(self.files):
-            raise InvalidManifest("two files have one path")
+            if file.component is not None:
+                if not isinstance(file.component, str) or file.component not in free:
+                    what = f"file {file.path!r} names the component {file.component!r}"
+                    raise InvalidManifest(f"{what[:200]}, which is unknown, or carried by another file")
+                free.remove(file.component)
+        paths = [file.path for file in self.files]
+        if any(one >= other for one, other in pairwise(paths)):
+            raise InvalidManifest("the files are not ordered by path, or two of them have one path")
+        folders = {path[:place] for path in paths for place, letter in enumerate(path) if letter == "/"}
+        if not folders.isdisjoint(paths):
+            raise InvalidManifest(f"{min(folders.intersection(paths))!r} is both a file and a folder"[:200])
+
+    def _check_parents(self) -> None:
+        known = {("trained_on", self.base)}
         for parent in self.parents:
             if parent.relation not in RELATIONS:
                 raise InvalidManifest(f"relation {parent.relation!r}; expected one of {', '.join(RELATIONS)}"[:200])
+            if (parent.relation, parent.digest) in known:
+                raise InvalidManifest(f"the parent {parent.relation} {parent.digest} stands twice, or is the base")
+            known.add((parent.relation, parent.digest))
+            weight = parent.weight
+            if weight is not None and (
+                parent.relation != "merged_from" or type(weight) not in (int, float) or not math.isfinite(weight)
+            ):
+                raise InvalidManifest(f"weight {weight!r} of {parent.relation}: a number, and of merges alone"[:200])
 
 
 def check_file_path(path: str) -> str:
@@ -176,8 +205,7 @@ def check_file_path(path: str) -> str:
     if (
         not parts
         or len(path) > MAX_FILE_PATH
-        or not path.isprintable()
-        or "\\" in path
+        or _NOT_IN_A_PATH.search(path)
         or any(part in ("", ".", "..") for part in parts)
         or (len(parts[0]) == 2 and parts[0][1] == ":")
     ):

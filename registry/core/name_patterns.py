@@ -21,8 +21,8 @@ MAX_NESTING = 20
 MAX_PATH_LENGTH = 1_000
 MAX_PATH_DEPTH = 60
 MAX_KEPT = 200_000
-BUDGET = 5_000_000
-"""Steps that one table may take in its life: one or two seconds of Python, or ten expressions on 10,000 modules."""
+BUDGET = 2_000_000
+"""Steps that one table may take in its life: a second of Python, or ten expressions on 4,000 modules."""
 
 _SPECIAL = frozenset("\\^$*+?{}[]()|")
 _COUNTS = re.compile(r"\{(\d{1,4})?(,)?(\d{1,4})?\}")

@@ -13,6 +13,9 @@ from registry.core.digest import is_digest
 from registry.core.errors import InvalidManifest
 
 _ENTRY = struct.Struct("<II")
+MAX_TENSORS = 2**24
+"""More than any file of ours can hold: its header is at most 100 MB."""
+ROLES = ("tensors", "reused", "header", "file", "layout", "manifest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +37,8 @@ class Placement:
     """Where one version lies.
 
     Attributes:
-        blobs: (digest, role) of every blob that the version needs; roles are `tensors`, `reused`,
-            `header`, `file`, `layout` and `manifest`.
+        blobs: (digest, role) of every blob that the version needs, each once; the role, one of `ROLES`, is the
+            first in which it was needed.
         components: for each component, in layout order, (position in `blobs`, ordinal of the tensor
             in that blob's own layout).
         files: for each file path.
@@ -61,21 +64,34 @@ class Placement:
             InvalidManifest
         """
         try:
-            blobs = tuple((str(digest), str(role)) for digest, role in tree["blobs"])
-            components = {
-                str(role): tuple(
-                    (int(blob), int(first) + offset) for blob, first, length in runs for offset in range(int(length))
-                )
-                for role, runs in tree["components"].items()
-            }
-            files = {str(path): FilePlacement(int(blob), bool(whole)) for path, (blob, whole) in tree["files"].items()}
+            blobs = tuple((digest, role) for digest, role in tree["blobs"])
+            components = {role: _entries(runs, len(blobs)) for role, runs in tree["components"].items()}
+            files = {path: _file(blob, whole, len(blobs)) for path, (blob, whole) in tree["files"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InvalidManifest(f"not a placement: {error}"[:200]) from error
-        positions = [blob for entries in components.values() for blob, _ in entries]
-        positions += [file.blob for file in files.values()]
-        if not all(is_digest(digest) for digest, _ in blobs) or not all(0 <= p < len(blobs) for p in positions):
-            raise InvalidManifest("a placement names a blob that it does not list")
+            raise InvalidManifest(f"not a placement: {type(error).__name__}: {error}"[:200]) from error
+        if not all(is_digest(digest) and role in ROLES for digest, role in blobs):
+            raise InvalidManifest(f"a blob of a placement is a digest and one of {', '.join(ROLES)}")
+        if len({digest for digest, _ in blobs}) != len(blobs):
+            raise InvalidManifest("a placement lists a blob twice")
         return cls(blobs, components, files)
+
+
+def _entries(runs: Any, blobs: int) -> tuple[tuple[int, int], ...]:
+    found: list[tuple[int, int]] = []
+    for blob, first, length in runs:
+        # By type, because True is an instance of int.
+        if not type(blob) is type(first) is type(length) is int:
+            raise ValueError(f"run {[blob, first, length]!r}: expected three whole numbers")
+        if not (0 <= blob < blobs and first >= 0 and length >= 1 and first + length + len(found) <= MAX_TENSORS):
+            raise ValueError(f"run {[blob, first, length]} with {blobs} blobs")
+        found.extend((blob, ordinal) for ordinal in range(first, first + length))
+    return tuple(found)
+
+
+def _file(blob: Any, whole: Any, blobs: int) -> FilePlacement:
+    if type(blob) is not int or type(whole) is not bool or not 0 <= blob < blobs:
+        raise ValueError(f"file {[blob, whole]!r} with {blobs} blobs")
+    return FilePlacement(blob, whole)
 
 
 def _runs(entries: Sequence[tuple[int, int]]) -> list[list[int]]:

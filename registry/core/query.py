@@ -136,5 +136,5 @@ def _field(text: str) -> tuple[str, str]:
     if text in FIELDS:
         return text, ""
     near = difflib.get_close_matches(text, [*FIELDS, "meta.KEY", "metric.KEY"], n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = f"; did you mean {near[0]}?" if near else "."
     raise InvalidQuery(f"unknown field {shown(text)!r}{hint} Known: {', '.join(FIELDS)}, meta.KEY, metric.KEY")

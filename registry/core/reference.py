@@ -18,7 +18,7 @@ _PART = re.compile(r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?")
 _TAG = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
 _DIGEST_PREFIX = re.compile(r"sha256:([0-9a-f]{4,64})")
 _NUMBER = re.compile(r"[1-9][0-9]{0,17}")
-_MOMENT = re.compile(r"^(?P<rest>.*)@\{(?P<time>[^{}]*)\}$", re.DOTALL)
+_MOMENT = re.compile(r"(?P<rest>.*)@\{(?P<time>[^{}]*)\}", re.DOTALL)
 
 
 def shown(text: str, limit: int = 60) -> str:
@@ -72,7 +72,7 @@ def parse_reference(text: str) -> Reference:
         raise InvalidReference(f"reference {shown(text)!r} has {len(text)} characters; {4 * MAX_PART} is the most")
     rest = text.removeprefix(URL_SCHEME)
     moment: datetime | None = None
-    if match := _MOMENT.match(rest):
+    if match := _MOMENT.fullmatch(rest):
         rest, moment = match["rest"], parse_moment(match["time"], text)
     tag: str | None = None
     number: int | None = None
@@ -170,9 +170,9 @@ def parse_moment(text: str, what: str) -> datetime:
     """
     try:
         moment = datetime.fromisoformat(text)
-    except ValueError:
+        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    except (ValueError, OverflowError):  # an offset can lead out of the years 1 to 9999
         _refuse(what, f"{shown(text)!r} is not a date or time such as 2026-11-01 or 2026-11-01T12:30Z")
-    return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _refuse(what: str, why: str) -> NoReturn:

@@ -17,6 +17,7 @@ from functools import partial
 from operator import itemgetter
 from typing import Any, BinaryIO
 
+from registry.core.canonical_json import MAX_INTEGER
 from registry.core.errors import MalformedTensors
 from registry.core.layout import DTYPE_BITS, NOT_IN_A_NAME, Layout, TensorSpec
 
@@ -27,19 +28,18 @@ STRICTER_THAN_RUST: dict[str, str] = {
     "start": "whitespace before `{`: the format says that the header begins with `{`",
     "tensor twice": "one name twice: Rust keeps the last, another reader the first",
     "metadata key twice": "the same, within `__metadata__`",
-    "unknown field": "a field beside dtype, shape and data_offsets: Rust drops it, a rebuilt file would lose it",
+    "unknown field": "a field beside dtype, shape and data_offsets, also twice: Rust drops it, a rebuilt file would too",
     "null metadata": "`__metadata__` of null: it must be an object",
     "entry as a list": '`["F32", [1], [0, 4]]` for a tensor: an accident of serde',
     "dtype as an object": '`{"F32": null}` for a dtype: an accident of serde',
     "control character": "C0, DEL or C1 in a tensor's name: it goes to terminals, and PostgreSQL holds no NUL",
     "NUL in metadata": "NUL in a key or value of `__metadata__`: PostgreSQL holds none",
-    "dimension": "a size over 2**53 - 1, possible beside a 0: canonical JSON (RFC 8785) holds none",
+    "dimension": "a size over `MAX_INTEGER`, possible beside a 0: canonical JSON holds none",
 }
 """All differences to Rust, by a short name: Rust accepts these, we refuse them. Never the reverse."""
 
 _METADATA = "__metadata__"
 _FIELDS = {"dtype", "shape", "data_offsets"}
-_MAX_DIMENSION = 2**53 - 1
 _MAX_USIZE = 2**64 - 1
 
 # Possessive, and an unterminated string runs to the end: one pass over any input, however hostile.
@@ -256,7 +256,7 @@ def _placed(name: str, entry: Any, what: str) -> tuple[tuple[int, int], TensorSp
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise refuse(f"a dtype of {', '.join(DTYPE_BITS)}", _shown(dtype), "save it in one of those")
-    if not _is_whole(shape) or max(shape, default=0) > _MAX_DIMENSION:
+    if not _is_whole(shape) or max(shape, default=0) > MAX_INTEGER:
         raise refuse("a shape of whole numbers under 2**53", _shown(shape))
     elements = 1
     for size in shape:  # [2**40, 2**40, 0] overflows in Rust, [0, 2**40, 2**40] does not

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from registry.core.adapter_config import AdapterConfig, adapter_config
@@ -13,11 +14,11 @@ from registry.core.errors import InvalidInput, UnsupportedTensor
 from registry.core.layout import DTYPE_BITS, Layout, TensorSpec
 from registry.core.reference import shown
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_TENSORS, kind_of
-from registry.formats.source import PlainFile, Source, TensorBytes, TensorFileInMemory
+from registry.formats.source import PlainFile, Source, TensorFileInMemory
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from torch import nn
 
 MODEL_TENSORS = "model.safetensors"
@@ -59,28 +60,25 @@ def read_live(source: object, *, kind: str | None = None, adapter_name: str | No
     from torch import nn
 
     if isinstance(source, nn.Module):
-        peft_model = find_peft_model(source)
-        if peft_model is None:
-            if has_tuner_layers(source):
-                refuse_merged(source)
-                if kind != "checkpoint":
-                    return _injected_adapter(source, adapter_name)
-            return _state_dict(source.state_dict(), "live module")
-        refuse_merged(peft_model)
+        refuse_merged(source)
+        adapted = find_adapted(source)
+        if adapted is None:
+            return _state_dict(source.state_dict(), "live module", kind)
         if kind == "checkpoint":
-            return _state_dict(source.state_dict(), "live PeftModel")
+            return _state_dict(source.state_dict(), "live model with an adapter", kind)
         if kind == "base":
             raise InvalidInput("the model carries an adapter; push the base before it is wrapped, or kind='checkpoint'")
-        return _peft_adapter(peft_model, adapter_name)
+        return _adapter(adapted, choose_adapter(adapted, adapter_name))
     if isinstance(source, Mapping):
-        return _state_dict(source, "state dict")
+        return _state_dict(source, "state dict", kind)
     raise InvalidInput(
         f"cannot push a {type(source).__name__}: expected a path, a PeftModel, a torch module or a state dict"
     )
 
 
-def find_peft_model(module: nn.Module) -> PeftModel | None:
-    """The module itself, or the one PeftModel that it holds.
+def find_adapted(module: nn.Module) -> nn.Module | None:
+    """The module itself, or the one within it, that carries adapters: a PeftModel, else a model into which PEFT put
+    its layers, as transformers, diffusers and `inject_adapter_in_model` do. None where nothing does.
 
     Raises:
         InvalidInput: it holds several.
@@ -89,21 +87,30 @@ def find_peft_model(module: nn.Module) -> PeftModel | None:
         return None
     from peft import PeftModel
 
-    if isinstance(module, PeftModel):
-        return module
-    held = [child for child in module.modules() if isinstance(child, PeftModel)]
+    held: list[nn.Module] = [child for child in module.modules() if isinstance(child, PeftModel)]
+    if not held:
+        # PEFT sets `peft_config` on its own wrappers and on the model within: of those around the same layers, the
+        # innermost has the names that PEFT saves.
+        innermost: dict[frozenset[int], nn.Module] = {}
+        for child in module.modules():
+            layers = frozenset(map(id, tuner_layers(child))) if vars(child).get("peft_config") else None
+            if layers:
+                innermost[layers] = child
+        held = list(innermost.values())
     if len(held) > 1:
-        raise InvalidInput(f"the {type(module).__name__} holds {len(held)} PeftModels; push one of them by itself")
+        raise InvalidInput(
+            f"the {type(module).__name__} holds {len(held)} models with adapters; give one of them by itself"
+        )
     return held[0] if held else None
 
 
-def has_tuner_layers(module: nn.Module) -> bool:
-    """Whether adapters were injected into a plain module, as transformers and diffusers do."""
-    if "peft" not in sys.modules or not getattr(module, "peft_config", None):
-        return False
+def tuner_layers(module: nn.Module) -> dict[BaseTunerLayer, str]:
+    """PEFT's layers in a module, with their paths."""
+    if "peft" not in sys.modules:
+        return {}
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return any(isinstance(child, BaseTunerLayer) for child in module.modules())
+    return {child: path for path, child in module.named_modules() if isinstance(child, BaseTunerLayer)}
 
 
 def refuse_merged(module: nn.Module) -> None:
@@ -111,12 +118,10 @@ def refuse_merged(module: nn.Module) -> None:
     Raises:
         InvalidInput: an adapter is merged into the weights, so neither it nor the base is there alone.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for path, child in module.named_modules():
-        if isinstance(child, BaseTunerLayer) and child.merged:
+    for layer, path in tuner_layers(module).items():
+        if layer.merged:
             raise InvalidInput(
-                f"the adapter is merged into its base (at {path}): call unmerge_adapter() before the push, "
+                f"the adapter is merged into its base (at {path}): call unmerge_adapter() first, "
                 "or push merge_and_unload()'s result as a model of its own"
             )
 
@@ -125,52 +130,64 @@ def choose_adapter(model: Any, adapter_name: str | None) -> str:
     """The adapter to take.
 
     Raises:
-        InvalidInput: unknown, or several are active and none is named.
+        InvalidInput: unknown, or not exactly one is active and none is named.
     """
+    from peft import PeftModel
+
     known = list(model.peft_config)
     if adapter_name is not None:
         if adapter_name not in known:
             raise InvalidInput(f"the model has no adapter {adapter_name!r}; it has {', '.join(known)}")
         return adapter_name
-    active = model.active_adapters
-    names: list[str] = list(active() if callable(active) else active)
-    if len(names) != 1:
-        raise InvalidInput(f"{len(names)} adapters are active ({', '.join(names)}); name one with adapter_name=")
-    return names[0]
+    if isinstance(model, PeftModel):
+        active = list(model.active_adapters)
+    else:
+        active = list(dict.fromkeys(name for layer in tuner_layers(model) for name in layer.active_adapters))
+    if len(active) != 1:
+        raise InvalidInput(
+            f"{len(active)} of the adapters {', '.join(known)} are active ({', '.join(active)}); "
+            "name one with adapter_name="
+        )
+    return active[0]
 
 
 def adapter_tensors(model: Any, adapter_name: str) -> dict[str, torch.Tensor]:
     """The adapter's tensors under the names that PEFT saves, never asking a hub for the base's vocabulary."""
-    from peft import get_peft_model_state_dict
+    from peft import PeftModel, get_peft_model_state_dict
 
     tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
         model, adapter_name=adapter_name, save_embedding_layers=_embeddings_belong(model, adapter_name)
     )
-    return tensors
+    if isinstance(model, PeftModel):
+        return tensors
+    return {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _embeddings_belong(model: Any, adapter_name: str) -> bool:
     """What PEFT's `auto` decides, from the disk alone: embeddings are saved when they are targeted, or
     when the vocabulary is not the base's any more."""
-    from peft.utils.other import EMBEDDING_LAYER_NAMES
+    from peft.utils.other import EMBEDDING_LAYER_NAMES, match_target_against_key
 
     config = model.peft_config[adapter_name]
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base_of(model)
     if not hasattr(base, "get_input_embeddings"):
         return False
-    tokens = getattr(config, "trainable_token_indices", None) is not None or config.peft_type == "TRAINABLE_TOKENS"
-    targets = getattr(config, "target_modules", None)
-    if targets and not isinstance(targets, str) and any(name in targets for name in EMBEDDING_LAYER_NAMES):
-        return not tokens
+    targets = getattr(config, "target_modules", None) or ()
     if isinstance(targets, str):
-        from peft.utils.other import match_target_against_key
-
-        embeddings = [n for n, _ in base.named_modules() if n.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
-        if targets != "all-linear" and any(match_target_against_key(targets, name) for name in embeddings):
-            return not tokens
+        paths = [path for path, _ in base.named_modules() if path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
+        targeted = targets != "all-linear" and any(match_target_against_key(targets, path) for path in paths)
+    else:
+        targeted = any(name in targets for name in EMBEDDING_LAYER_NAMES)
+    by_token = getattr(config, "trainable_token_indices", None) is not None or config.peft_type == "TRAINABLE_TOKENS"
+    if targeted and not by_token:
+        return True
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     saved = _saved_vocabulary(getattr(config, "base_model_name_or_path", None))
     return vocabulary is not None and saved is not None and vocabulary != saved
+
+
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _saved_vocabulary(model_id: str | None) -> int | None:
@@ -196,89 +213,59 @@ def _saved_vocabulary(model_id: str | None) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _peft_adapter(model: PeftModel, adapter_name: str | None) -> Source:
-    name = choose_adapter(model, adapter_name)
-    return _adapter(model, name, adapter_tensors(model, name), "live PeftModel")
-
-
-def _injected_adapter(model: nn.Module, adapter_name: str | None) -> Source:
-    name = choose_adapter(model, adapter_name)
-    tensors = {f"base_model.model.{key}": tensor for key, tensor in adapter_tensors(model, name).items()}
-    return _adapter(model, name, tensors, "live model with adapters")
-
-
-def _adapter(model: Any, name: str, tensors: Mapping[str, torch.Tensor], form: str) -> Source:
-    import peft
-
-    config = model.peft_config[name]
-    config_document = live_config(model, name)
-    text = json.dumps(config_document.document, indent=2, sort_keys=True).encode("utf-8")
+def _adapter(model: Any, name: str) -> Source:
+    config = live_config(model, name)
+    text = json.dumps(config.document, indent=2, sort_keys=True).encode("utf-8")
     return Source(
-        form=form,
+        form="live model with an adapter",
         kind="adapter",
-        tensor_files=(tensor_file(ADAPTER_TENSORS, "adapter", tensors),),
+        tensor_files=(tensor_file(ADAPTER_TENSORS, "adapter", adapter_tensors(model, name)),),
         plain_files=(PlainFile(ADAPTER_CONFIG, text),),
-        config=config_document,
-        peft_version=str(getattr(config, "peft_version", None) or peft.__version__),
+        config=config,
+        # PEFT fills it in when a configuration is made, and keeps that of the file that one was read from.
+        peft_version=model.peft_config[name].peft_version,
     )
 
 
 def live_config(model: Any, name: str) -> AdapterConfig:
     """A live adapter's configuration as `save_pretrained` writes it, with sets sorted and without the
     PEFT version, so that one adapter has one form in every process."""
-    config = model.peft_config[name]
-    document = {key: plain(value) for key, value in config.to_dict().items()}
+    document = dict(model.peft_config[name].to_dict())
     document.pop("peft_version", None)
     document.pop("runtime_config", None)
     document["inference_mode"] = True
+    base = _base_of(model)
     if document.get("base_model_name_or_path") is None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        document["base_model_name_or_path"] = getattr(base, "name_or_path", None) or None
-    if document.get("auto_mapping") is None and document.get("task_type") is None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        kind = type(base)
-        document["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+        document["base_model_name_or_path"] = vars(base).get("name_or_path") or None
+    if document.get("task_type") is None:
+        document["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     return adapter_config(document)
 
 
-def plain(value: Any) -> Any:
-    """A configuration value as JSON has it: sets sorted, enums as their values."""
-    if isinstance(value, set | frozenset):
-        return sorted((plain(item) for item in value), key=str)
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return getattr(value, "value", value) if not isinstance(value, str | int | float | bool | None) else _bare(value)
-
-
-def _bare(value: Any) -> Any:
-    """A str or int without its enum class."""
-    return str(value.value) if isinstance(value, str) and hasattr(value, "value") else value
-
-
-def _state_dict(tensors: Mapping[Any, Any], form: str) -> Source:
+def _state_dict(tensors: Mapping[Any, Any], form: str, wanted: str | None) -> Source:
     if not tensors:
         raise InvalidInput(f"the {form} holds no tensors; there is nothing to keep")
     file = tensor_file(MODEL_TENSORS, "model", tensors)
     kind = kind_of(file.layout, None)
     notes: tuple[str, ...] = ()
-    if kind == "adapter":
+    if (wanted or kind) == "adapter" and kind != "base":
         file.path, file.role = ADAPTER_TENSORS, "adapter"
         notes = ("pushed without a configuration, so lora_alpha is unknown",)
     return Source(form=form, kind=kind, tensor_files=(file,), notes=notes)
 
 
 def tensor_file(path: str, role: str, tensors: Mapping[Any, Any]) -> TensorFileInMemory:
-    """A safetensors file of these tensors, ordered as safetensors orders them: wide dtypes first, then by name.
+    """A safetensors file of these tensors, in the order in which the safetensors library writes them: by dtype, the
+    last one in its list first, then by name.
 
     Raises:
-        UnsupportedTensor, InvalidInput: names the tensor.
+        UnsupportedTensor, InvalidInput, MalformedTensors: names the tensor.
     """
     specs = [(tensor_spec(name, value), value) for name, value in tensors.items()]
-    specs.sort(key=lambda pair: (-DTYPE_BITS[pair[0].dtype], pair[0].name))
+    rank = {dtype: place for place, dtype in enumerate(DTYPE_BITS)}
+    specs.sort(key=lambda pair: (-rank[pair[0].dtype], pair[0].name))
     layout = Layout(tuple(spec for spec, _ in specs))
-    return TensorFileInMemory(path, role, layout, [LiveTensor(value) for _, value in specs])
+    return TensorFileInMemory(path, role, layout, [partial(tensor_bytes, value) for _, value in specs])
 
 
 def tensor_spec(name: object, value: Any) -> TensorSpec:
@@ -286,27 +273,20 @@ def tensor_spec(name: object, value: Any) -> TensorSpec:
 
     Raises:
         UnsupportedTensor: safetensors cannot hold it.
+        InvalidInput: the name is no text.
     """
     import torch
-    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
     if not isinstance(name, str) or not name or "\x00" in name:
         raise InvalidInput(f"tensor name {shown(repr(name))} is not a non-empty text without NUL")
     if not isinstance(value, torch.Tensor):
         raise UnsupportedTensor(f"{shown(name)}: expected a tensor, found {type(value).__name__}; leave it out")
-    found = None
-    if is_traceable_wrapper_subclass(value):
-        found, mend = f"a {type(value).__name__}", "turn it into a plain tensor first"
-    elif value.is_meta:
-        found, mend = "a meta tensor without data", "load the weights first"
-    elif value.is_quantized:
-        found, mend = f"a quantised tensor ({value.dtype})", "dequantize() it first"
-    elif value.layout != torch.strided or value.is_nested:
-        found, mend = f"a {value.layout} tensor", "to_dense() it first"
+    refused = not_plain(value)
     code = _TORCH_NAMES.get(str(value.dtype).removeprefix("torch."))
-    if found is None and code is None:
-        found, mend = f"dtype {value.dtype}", "convert it to a dtype that safetensors has"
-    if found is not None or code is None:
+    if refused is None and code is None:
+        refused = (f"dtype {value.dtype}", "convert it to a dtype that safetensors has")
+    if refused is not None or code is None:
+        found, mend = refused or ("", "")
         raise UnsupportedTensor(f"{shown(name)}: safetensors cannot hold {found}; {mend}")
     shape = tuple(value.shape)
     if code == "F4":
@@ -316,21 +296,33 @@ def tensor_spec(name: object, value: Any) -> TensorSpec:
     return TensorSpec(name, code, shape)
 
 
-class LiveTensor(TensorBytes):
-    """A torch tensor, copied to the CPU and made contiguous only when it is read."""
+def not_plain(value: torch.Tensor) -> tuple[str, str] | None:
+    """What a tensor is instead of elements in memory, and the mend; None where it is just that."""
+    import torch
+    from torch.nn.parameter import is_lazy
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor
-
-    def read(self) -> memoryview:
-        return tensor_bytes(self._tensor)
+    if is_lazy(value):
+        return "a parameter that has no shape yet", "run the model once first"
+    if type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        # DTensor, torchao's quantised tensors: what they show and what they store are two things.
+        return f"a {type(value).__name__}", "turn it into a plain tensor first"
+    if value.is_meta:
+        return "a meta tensor without data", "load the weights first"
+    if value.is_quantized:
+        return f"a quantised tensor ({value.dtype})", "dequantize() it first"
+    if value.layout != torch.strided or value.is_nested:
+        return f"a {'nested' if value.is_nested else value.layout} tensor", "turn it into a dense tensor first"
+    return None
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """Row-major bytes of a tensor on any device; no copy for a contiguous one on the CPU."""
+    return flat_bytes(tensor).numpy().data
+
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The same as a tensor of U8 on the CPU."""
     import torch
 
-    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    if flat.numel() == 0:
-        return memoryview(b"")
-    return flat.view(torch.uint8).numpy().data.cast("B")
+    plain = tensor.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg().cpu()
+    return plain.contiguous().reshape(-1).view(torch.uint8)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from contextlib import ExitStack
 from pathlib import Path
+from typing import BinaryIO
 
 from registry.core.adapter_config import AdapterConfig, read_adapter_config
 from registry.core.adapter_names import is_adapter_tensor
-from registry.core.errors import InvalidConfig, InvalidInput, MalformedTensors, SourceNotFound
+from registry.core.errors import InvalidConfig, InvalidInput, MalformedTensors
 from registry.core.layout import Layout
 from registry.core.manifest import check_file_path
 from registry.core.reference import shown
-from registry.formats.source import PlainFile, Source, TensorFileOnDisk, open_regular, read_small
+from registry.formats.source import PlainFile, Source, TensorFileOnDisk, open_regular, read_small, source_errors
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_TENSORS = "adapter_model.safetensors"
@@ -23,16 +26,18 @@ def read_path(path: Path) -> Source:
     """Opens a PEFT folder or a safetensors file.
 
     Raises:
-        SourceNotFound, InvalidInput, InvalidConfig, MalformedTensors
+        SourceNotFound, InvalidInput, InvalidConfig, MalformedTensors, StorageError (it cannot be read)
     """
-    if path.is_dir():
+    if "\0" in str(path):
+        raise InvalidInput(f"{shown(str(path), 200)}: a path has no NUL in it")
+    with source_errors(path):
+        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+    if is_folder:
         return read_peft_folder(path)
-    if not path.exists():
-        raise SourceNotFound(f"no such file or folder: {shown(str(path), 200)}")
     if path.suffix != ".safetensors":
         raise InvalidInput(
             f"{shown(str(path), 200)}: expected a PEFT folder or a .safetensors file, "
-            f"found {path.suffix or 'no suffix'}"
+            f"found {shown(path.suffix) or 'no suffix'}"
         )
     return read_safetensors_file(path)
 
@@ -43,7 +48,8 @@ def read_peft_folder(folder: Path) -> Source:
     Raises:
         InvalidInput: the folder is not of this form; InvalidConfig: no config, or one that cannot be read.
     """
-    names = sorted(entry.name for entry in folder.iterdir())
+    with source_errors(folder):
+        names = sorted(os.listdir(folder))
     if ADAPTER_TENSORS not in names:
         raise InvalidInput(f"{shown(str(folder), 200)} is no PEFT folder: {_why_no_adapter(names)}")
     if ADAPTER_CONFIG not in names:
@@ -52,11 +58,11 @@ def read_peft_folder(folder: Path) -> Source:
             f"lora_alpha; save it again with save_pretrained, or push the .safetensors file alone"
         )
     config_bytes = read_small(folder / ADAPTER_CONFIG)
-    config = read_adapter_config(config_bytes, str(folder / ADAPTER_CONFIG))
+    config = read_adapter_config(config_bytes, shown(str(folder / ADAPTER_CONFIG), 200))
     with ExitStack() as stack:
         file = stack.enter_context(open_regular(folder / ADAPTER_TENSORS))
-        tensors = TensorFileOnDisk(ADAPTER_TENSORS, "adapter", file, what=str(folder / ADAPTER_TENSORS))
-        left_out = [name for name in names if name not in (ADAPTER_CONFIG, ADAPTER_TENSORS)]
+        tensors = _tensor_file(folder / ADAPTER_TENSORS, ADAPTER_TENSORS, "adapter", file)
+        left_out = [shown(name) for name in names if name not in (ADAPTER_CONFIG, ADAPTER_TENSORS)]
         notes = (f"left out (other files are not kept yet): {', '.join(left_out)}",) if left_out else ()
         return Source(
             form="PEFT folder",
@@ -87,9 +93,7 @@ def read_safetensors_file(path: Path) -> Source:
     name = check_file_path(path.name)
     with ExitStack() as stack:
         file = stack.enter_context(open_regular(path))
-        tensors = TensorFileOnDisk(name, "", file, what=str(path))
-        if not tensors.layout.tensors:
-            raise MalformedTensors(f"{shown(str(path), 200)} holds no tensors; there is nothing to keep")
+        tensors = _tensor_file(path, name, "", file)
         kind = kind_of(tensors.layout, None)
         tensors.role = "adapter" if kind == "adapter" else "model"
         notes: tuple[str, ...] = ()
@@ -102,6 +106,14 @@ def read_safetensors_file(path: Path) -> Source:
         return Source(
             form="safetensors file", kind=kind, tensor_files=(tensors,), notes=notes, resources=stack.pop_all()
         )
+
+
+def _tensor_file(path: Path, name: str, role: str, file: BinaryIO) -> TensorFileOnDisk:
+    with source_errors(path):
+        tensors = TensorFileOnDisk(name, role, file, what=shown(str(path), 200))
+    if not tensors.layout.tensors:
+        raise MalformedTensors(f"{shown(str(path), 200)} holds no tensors; there is nothing to keep")
+    return tensors
 
 
 def kind_of(layout: Layout, config: AdapterConfig | None) -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from registry.core.adapter_config import AdapterConfig
-from registry.core.errors import InvalidInput, SourceNotFound, StorageError
+from registry.core.errors import InvalidInput, RegistryError, SourceNotFound, StorageError
 from registry.core.layout import Layout
+from registry.core.reference import shown
 from registry.core.safetensors_header import Header, build_header, read_header
 
 CHUNK_BYTES = 4 << 20
@@ -47,13 +49,23 @@ class TensorFile(ABC):
     def tensor(self, ordinal: int) -> Iterator[memoryview]:
         """Bytes of one tensor in chunks of whole elements, which stay valid until the next one is asked for."""
 
+    def chunks(self) -> Iterator[memoryview]:
+        """The bytes of the whole file."""
+        yield memoryview(self.head)
+        for ordinal in range(len(self.layout)):
+            yield from self.tensor(ordinal)
+
+    def is_unchanged(self) -> bool:
+        """Whether nobody seems to have written to it since it was opened."""
+        return True
+
 
 class TensorFileOnDisk(TensorFile):
     """A file that somebody gave; only its open descriptor is used, so that a rename does no harm."""
 
     def __init__(self, path: str, role: str, file: BinaryIO, *, what: str) -> None:
-        size = os.fstat(file.fileno()).st_size
-        header, head = read_header(file, file_size=size, what=what)
+        self._opened = os.fstat(file.fileno())
+        header, head = read_header(file, file_size=self._opened.st_size, what=what)
         super().__init__(path, role, header, head)
         self._file = file
         self._what = what
@@ -76,15 +88,22 @@ class TensorFileOnDisk(TensorFile):
             position += wanted
             yield buffer[:wanted]
 
+    def is_unchanged(self) -> bool:
+        now = os.fstat(self._file.fileno())
+        return (now.st_size, now.st_mtime_ns) == (self._opened.st_size, self._opened.st_mtime_ns)
+
 
 class TensorFileInMemory(TensorFile):
     """Tensors that are written as a safetensors file of our own making.
 
-    `buffers(ordinal)` gives a tensor's bytes, made when asked for, so that a model on an accelerator
-    is never copied as a whole.
+    A tensor's bytes are made when they are asked for, so that a model on an accelerator is never copied as a whole.
     """
 
-    def __init__(self, path: str, role: str, layout: Layout, tensors: Sequence[TensorBytes]) -> None:
+    def __init__(self, path: str, role: str, layout: Layout, tensors: Sequence[Callable[[], memoryview]]) -> None:
+        """
+        Args:
+            tensors: for each tensor of the layout what gives its row-major little-endian bytes.
+        """
         head = build_header(layout, {"format": "pt"})
         offsets, position = [], 0
         for spec in layout:
@@ -94,16 +113,9 @@ class TensorFileInMemory(TensorFile):
         self._tensors = tensors
 
     def tensor(self, ordinal: int) -> Iterator[memoryview]:
-        view = self._tensors[ordinal].read()
+        view = self._tensors[ordinal]()
         for start in range(0, len(view), CHUNK_BYTES):
             yield view[start : start + CHUNK_BYTES]
-
-
-class TensorBytes(ABC):
-    """Gives the row-major little-endian bytes of one tensor."""
-
-    @abstractmethod
-    def read(self) -> memoryview: ...
 
 
 @dataclass(frozen=True)
@@ -145,21 +157,36 @@ class Source:
         self.close()
 
 
+@contextmanager
+def source_errors(path: Path) -> Iterator[None]:
+    """Turns what the system says about a source that was given into errors of our tree.
+
+    Raises:
+        SourceNotFound, InvalidInput (no path at all, a loop of links), StorageError
+    """
+    try:
+        yield
+    except RegistryError:
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise SourceNotFound(f"no such file or folder: {shown(str(path), 200)}") from error
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+            raise InvalidInput(f"{shown(str(path), 200)}: {error.strerror}") from error
+        raise StorageError(error.errno, f"cannot read {shown(str(path), 200)}: {error.strerror}") from error
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Opens a regular file to read; a link is followed (a hub cache is made of them).
 
     Raises:
         SourceNotFound, InvalidInput (a folder, a device), StorageError
     """
-    try:
+    with source_errors(path):
         if not stat.S_ISREG(os.stat(path).st_mode):
             kind = "a folder" if path.is_dir() else "not a regular file"
-            raise InvalidInput(f"{path} is {kind}; expected a file")
+            raise InvalidInput(f"{shown(str(path), 200)} is {kind}; expected a file")
         return path.open("rb")
-    except FileNotFoundError as error:
-        raise SourceNotFound(f"no such file: {path}") from error
-    except PermissionError as error:
-        raise StorageError(error.errno, f"cannot read {path}: {error.strerror}") from error
 
 
 def read_small(path: Path, limit: int = 16 << 20) -> bytes:
@@ -168,10 +195,10 @@ def read_small(path: Path, limit: int = 16 << 20) -> bytes:
     Raises:
         InvalidInput: larger than `limit`; and what `open_regular` raises.
     """
-    with open_regular(path) as file:
+    with open_regular(path) as file, source_errors(path):
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise InvalidInput(f"{path} has over {limit} bytes; expected a small file")
+        raise InvalidInput(f"{shown(str(path), 200)} has over {limit} bytes; expected a small file")
     return data
 
 

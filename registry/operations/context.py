@@ -31,7 +31,7 @@ class Context:
 
     @property
     def writable(self) -> bool:
-        return self.store.writable
+        return self.store.writable and self.database.writable
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -89,7 +89,8 @@ def actor() -> str:
     """Who is acting: `$REGISTRY_ACTOR`, else the login name."""
     named = os.environ.get("REGISTRY_ACTOR", "").strip()
     if named:
-        return named[:128]
+        # The environment may hold bytes that are no text, and the journal holds text alone.
+        return named.encode("utf-8", "replace").decode("utf-8")[:128]
     try:
         return getpass.getuser()
     except (KeyError, OSError):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +20,17 @@ from registry.core.errors import (
     InvalidInput,
     NoSpace,
     ReadOnly,
+    RegistryError,
     RegistryNotFound,
     SchemaOutOfDate,
     StorageError,
     WrongStore,
 )
+from registry.core.reference import shown
 from registry.operations.context import Context, now
-from registry.store import create_store, open_store
+from registry.store import create_store, durable, local_root, open_store
+from registry.store.files import storage_errors
+from registry.store.interface import Store
 
 CATALOG = "catalog.sqlite"
 FOLDER = ".registry"
@@ -56,19 +62,44 @@ class Location:
 
 
 def locate(url: str | os.PathLike[str] | None = None) -> Location:
-    """`url`, else `$REGISTRY_URL`, else the nearest `.registry/` upward, else the user's data folder."""
-    given = os.fspath(url) if url is not None else os.environ.get("REGISTRY_URL", "")
-    if given:
-        if given.startswith("file://"):
-            given = given.removeprefix("file://")
-        return Location(given if "://" in given else str(Path(given).expanduser()))
-    here = Path.cwd()
+    """`url`, else `$REGISTRY_URL`, else the nearest `.registry/` upward, else the user's data folder.
+
+    Raises:
+        InvalidInput: neither a path nor a URL.
+        StorageError: it cannot be told whether one of the folders upward holds a registry.
+    """
+    given = os.environ.get("REGISTRY_URL") or None if url is None else os.fspath(url)
+    if given is not None:
+        return _given(given)
+    here = working_folder()
     for folder in (here, *here.parents):
-        if (folder / FOLDER / CATALOG).is_file():
-            return Location(str(folder / FOLDER))
+        with storage_errors(f"look for a registry in {folder / FOLDER}", writing=False):
+            if (folder / FOLDER / CATALOG).is_file():
+                return Location(str(folder / FOLDER))
     from platformdirs import user_data_path
 
     return Location(str(user_data_path("lora-registry", appauthor=False)), default=True)
+
+
+def _given(text: str) -> Location:
+    if "://" in text and not text.lower().startswith("file://"):
+        return Location(text)
+    path = local_root(text)
+    try:
+        path = path.expanduser()
+    except RuntimeError as error:  # ~nobody-of-that-name
+        raise InvalidInput(f"{shown(text)!r}: {error}") from error
+    # Absolute from here on: the process may change its working folder while the registry is open.
+    return Location(str(path if path.is_absolute() else working_folder() / path))
+
+
+def working_folder() -> Path:
+    """
+    Raises:
+        StorageError: it was removed.
+    """
+    with storage_errors("find the working folder", writing=False):
+        return Path.cwd()
 
 
 def create(location: Location, *, store: str | None = None) -> tuple[Context, bool]:
@@ -91,39 +122,53 @@ def create(location: Location, *, store: str | None = None) -> tuple[Context, bo
 
 
 def _create_embedded(folder: Path) -> tuple[Context, bool]:
-    if (folder / CATALOG).exists():
-        return open_registry(Location(str(folder))), False
-    _refuse_foreign(folder)
-    temporary = folder / f".{CATALOG}.{os.getpid()}.new"
+    catalog, made = folder / CATALOG, False
+    with _creating(folder):
+        if not catalog.exists():
+            try:
+                _refuse_foreign(folder)
+                made = _make_catalog(catalog, _make_store(folder))
+            except Conflict:
+                if not catalog.exists():  # else another init was faster, and may have had its first push
+                    raise
+    return open_registry(Location(str(folder))), made
+
+
+def _make_catalog(catalog: Path, registry_id: str) -> bool:
+    """Makes the database beside its place and then gives it its name, so that half of one is never seen.
+
+    Returns:
+        False where another process was first.
+    """
+    temporary = durable.new_temporary(catalog.parent / "tmp")
+    wal = temporary.with_name(f"{temporary.name}-wal")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        registry_id = _make_store(folder)
         create_sqlite(temporary)
         database = open_database(str(temporary))
         try:
-            with database.writing() as connection:
+            with database.upgrading() as connection:
                 upgrade(connection)
                 _write_meta(connection, registry_id, None)
         finally:
             database.close()
-        made = _place_catalog(temporary, folder / CATALOG)
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        raise _cannot_create(error, folder) from error
+        if wal.exists():  # closing moves it into the file, and is silent about a full disk
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        made = durable.name_once(temporary, catalog)
+        durable.sync_folder(catalog.parent)
+        return made
     finally:
-        for leftover in folder.glob(f"{temporary.name}*"):
-            leftover.unlink()
-    return open_registry(Location(str(folder))), made
+        for leftover in (temporary, wal, temporary.with_name(f"{temporary.name}-shm")):
+            durable.remove(leftover)
 
 
 def _refuse_foreign(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise InvalidInput(f"{folder} is a file; a registry is a folder")
     entries = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
-    ours = {name for name in entries if name in STORE_ENTRIES or name.startswith(f".{CATALOG}.")}
-    if entries != ours:
-        raise Conflict(f"{folder} holds other files, {min(entries - ours)} for one; choose a new or empty folder")
+    if strangers := entries - STORE_ENTRIES:
+        raise Conflict(f"{folder} holds other files, {shown(min(strangers))} for one; choose a new or empty folder")
 
 
 def _make_store(root: Path) -> str:
@@ -136,7 +181,8 @@ def _make_store(root: Path) -> str:
         Conflict: the store has been used, so its catalog is missing or elsewhere.
     """
     if not (root / MARKER).exists():
-        create_store(root, uuid.uuid4().hex)
+        with suppress(Conflict):  # another init was faster, and this one goes on with its id
+            create_store(root, uuid.uuid4().hex)
     store = open_store(str(root))
     if next(store.journal.names(), None) is not None:
         raise Conflict(
@@ -146,28 +192,19 @@ def _make_store(root: Path) -> str:
     return store.registry_id
 
 
-def _place_catalog(temporary: Path, catalog: Path) -> bool:
-    """Gives a finished database its name; False where another process was first."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
+@contextmanager
+def _creating(folder: Path) -> Iterator[None]:
     try:
-        os.link(temporary, catalog)
-    except FileExistsError:
-        return False
-    folder = os.open(catalog.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    return True
-
-
-def _cannot_create(error: OSError, folder: Path) -> StorageError:
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return ReadOnly(error.errno, f"cannot make a registry at {folder}: {error.strerror}")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpace(error.errno, f"no space for a registry at {folder}")
-    return StorageError(error.errno, f"cannot make a registry at {folder}: {error.strerror}")
+        yield
+    except RegistryError:
+        raise
+    except OSError as error:
+        what = f"cannot make a registry at {folder}: {error.strerror}"
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise ReadOnly(error.errno, what) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise NoSpace(error.errno, what) from error
+        raise StorageError(error.errno, what) from error
 
 
 def _create_on_server(location: Location, store: str | None) -> tuple[Context, bool]:
@@ -181,10 +218,12 @@ def _create_on_server(location: Location, store: str | None) -> tuple[Context, b
                     raise InvalidInput(
                         f"{database.what} needs a place for the blobs: registry init {database.what} --store FOLDER"
                     )
-                root = Path(store.removeprefix("file://")).expanduser().absolute()
-                root.mkdir(parents=True, exist_ok=True)
+                root = Path(_given(store).url)
                 upgrade(connection)
-                _write_meta(connection, _make_store(root), str(root))
+                with _creating(root):
+                    if (root / CATALOG).exists():
+                        raise Conflict(f"{root} is a registry of its own; choose another folder for the blobs")
+                    _write_meta(connection, _make_store(root), str(root))
     finally:
         database.close()
     return open_registry(location), made
@@ -203,9 +242,12 @@ def open_registry(location: Location) -> Context:
 
     Raises:
         RegistryNotFound, SchemaOutOfDate, WrongStore, StoreUnreachable
+        Corrupt: among others, a journal entry that contradicts the event to be written there.
     """
-    if location.is_path and Path(location.url).is_file():
-        raise InvalidInput(f"{location.url} is a file; a registry is a folder (or a postgresql:// URL)")
+    if location.is_path:
+        with storage_errors(f"open {location.url}", writing=False):
+            if Path(location.url).is_file():
+                raise InvalidInput(f"{location.url} is a file; a registry is a folder (or a postgresql:// URL)")
     database = open_database(location.database)
     try:
         database.check()
@@ -217,19 +259,33 @@ def open_registry(location: Location) -> Context:
             raise SchemaOutOfDate(
                 f"{database.what} has store format {meta.store_format}, expected {STORE_FORMAT}: upgrade the program"
             )
-        store = open_store(meta.store_url or location.url)
-        if store.registry_id != meta.registry_id:
-            raise WrongStore(
-                f"catalog {database.what} is of registry {meta.registry_id}, the store at "
-                f"{meta.store_url or location.url} of {store.registry_id}: they do not belong together"
-            )
+        context = Context(database, _open_its_store(database.what, meta.registry_id, meta.store_url or location.url))
+        if context.writable:
+            # What is committed can be read all the same, and the next open tries again.
+            with suppress(NoSpace, ReadOnly):
+                context.flush_outbox()
     except BaseException:
         database.close()
         raise
-    context = Context(database, store)
-    if context.writable:
-        context.flush_outbox()
     return context
+
+
+def _open_its_store(catalog: str, registry_id: str, url: str) -> Store:
+    """
+    Raises:
+        WrongStore: none is there, or another registry's.
+    """
+    try:
+        store = open_store(url)
+    except RegistryNotFound as error:
+        what = f"catalog {catalog} is of registry {registry_id}, and its store is not at {url}: put it back"
+        raise WrongStore(what) from error
+    if store.registry_id != registry_id:
+        raise WrongStore(
+            f"catalog {catalog} is of registry {registry_id}, the store at {url} of {store.registry_id}: "
+            "they do not belong together"
+        )
+    return store
 
 
 def upgrade_registry(location: Location) -> tuple[str | None, str | None]:
@@ -243,7 +299,7 @@ def upgrade_registry(location: Location) -> tuple[str | None, str | None]:
     """
     database = open_database(location.database)
     try:
-        with database.writing() as connection:
+        with database.upgrading() as connection:
             before = revision(connection)
             if before is None:
                 raise RegistryNotFound(f"{database.what} holds no registry; make one with 'registry init'")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection
 
 from registry.catalog.annotation_rows import metadata_of, metrics_of
-from registry.catalog.contents import Contents, findings_of, read_contents
 from registry.catalog.journal_rows import events_of
 from registry.catalog.lineage import Edge, references, walk
-from registry.catalog.search import Search, base_ids, find_ids
+from registry.catalog.search import Search, find_ids
 from registry.catalog.versions import VersionRecord, records, resolve
 from registry.core.annotations import MetadataValue, MetricValue
 from registry.core.errors import InvalidInput
@@ -21,6 +21,9 @@ from registry.core.manifest import KINDS
 from registry.core.query import parse_sort, parse_where
 from registry.core.reference import check_tag, parse_reference, shown
 from registry.operations.context import Context
+
+if TYPE_CHECKING:
+    from registry.catalog.contents import Contents
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,7 @@ def search(
     conditions = parse_where(where)
     sort = None if order_by is None else parse_sort(order_by)
     with context.reading() as connection:
-        bases = None if base is None else base_ids(connection, base)
-        ids = find_ids(connection, Search(pattern, bases, tag, kind, conditions, sort, limit))
+        ids = find_ids(connection, Search(pattern, base, tag, kind, conditions, sort, limit))
         return _found(connection, ids)
 
 
@@ -90,6 +92,9 @@ def get(context: Context, reference: str) -> Found:
 
 def details(context: Context, reference: str) -> Details:
     """One version in full."""
+    # Knows all about adapters' tensor names; a list or a tag needs none of it.
+    from registry.catalog.contents import findings_of, read_contents
+
     parsed = parse_reference(reference)
     with context.reading() as connection:
         key = resolve(connection, parsed)

@@ -1,33 +1,52 @@
 """Loading an adapter into a model: one that carries an adapter of the same form already, or a plain
-base, which is then wrapped as PEFT does it."""
+base, which is then wrapped as PEFT does it. Tensors are compared under their canonical names, so it does not matter
+what adapter or wrapper stood in the names that were pushed."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from registry.core.adapter_config import AdapterConfig, config_findings, scaling
-from registry.core.adapter_names import Target, targets_of
-from registry.core.errors import Incompatible
+from registry.core.adapter_config import (
+    AdapterConfig,
+    canonical_config,
+    config_findings,
+    is_off,
+    unknown_keys,
+)
+from registry.core.adapter_names import Target, canonical_name, target_scaling, targets_of
+from registry.core.content_digest import LORA_OPTIONS, OUTSIDE, PLAIN_INITS
+from registry.core.errors import Incompatible, InvalidInput
 from registry.core.findings import Finding
 from registry.core.layout import Layout
+from registry.core.tensor_names import without_layers
 from registry.formats.live import (
     adapter_tensors,
     choose_adapter,
-    find_peft_model,
-    has_tuner_layers,
+    find_adapted,
+    live_config,
     refuse_merged,
     tensor_spec,
+    tuner_layers,
 )
-from registry.operations.load import copy_into, differences, refuse_without_config
+from registry.operations.copying import copy_into, differences, memory, memory_of, same_values, settle
+from registry.operations.module_state import ModuleState
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-PREFIX = "base_model.model."
+_SEEN_IN_TENSORS = {
+    *("bias", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save"),
+    *("r", "rank_pattern", "target_modules", "target_parameters"),
+}
+"""Configuration keys that say which modules have which tensors: their names and shapes are compared themselves."""
+_FOR_TRAINING = {
+    *("auto_mapping", "beta1", "beta2", "deltaT", "inference_mode", "init_r", "orth_reg_weight"),
+    *("peft_version", "target_r", "tfinal", "tinit", "total_step"),
+}
+_PEFT_ERRORS = (AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def load_adapter(
@@ -47,34 +66,36 @@ def load_adapter(
     Raises:
         Incompatible: with all differences; the model is unchanged.
     """
-    named = {_saved_name(name): tensor for name, tensor in tensors.items()}
+    named = _by_canonical_name(tensors, what)
     layout = Layout(tuple(tensor_spec(name, tensor) for name, tensor in named.items()))
     targets, _ = targets_of(layout, config)
     if config is not None:
         _refuse_unknown_config(config, what)
-    peft_model = find_peft_model(model)
-    holder: nn.Module | None = peft_model if peft_model is not None else (model if has_tuner_layers(model) else None)
+    holder = find_adapted(model)
     if holder is None:
-        return _wrap(model, named, refuse_without_config(config, what), targets, adapter_name or "default", what)
+        if config is None:
+            raise InvalidInput(
+                f"{what} has no configuration, so an adapter cannot be made for a plain model: "
+                "wrap the model with get_peft_model first, with the r and lora_alpha that it was trained with"
+            )
+        return _wrap(model, named, config, targets, adapter_name or "default", strict=strict, what=what)
     refuse_merged(holder)
     name = choose_adapter(holder, adapter_name)
-    copy_into(
-        holder,
-        _places(holder, name),
-        named,
-        strict=strict,
-        what=what,
-        findings=tuple(scaling_findings(holder, name, config, targets)),
-    )
+    _put(holder, name, named, config, targets, strict=strict, what=what)
     return model
 
 
-def _saved_name(name: str) -> str:
-    return name if name.startswith(PREFIX) else PREFIX + name
-
-
-def _places(holder: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
-    return {_saved_name(name): tensor for name, tensor in adapter_tensors(holder, adapter_name).items()}
+def _by_canonical_name(tensors: Mapping[str, torch.Tensor], what: str) -> dict[str, torch.Tensor]:
+    first: dict[str, str] = {}
+    for name in tensors:
+        other = first.setdefault(canonical_name(name), name)
+        if other != name:
+            message = "two tensors are one without wrappers and adapter names"
+            raise Incompatible(
+                f"{what} holds more than one adapter; nothing was changed",
+                [Finding("C23", "error", name, message, "one adapter", other, "push one adapter at a time")],
+            )
+    return {canonical: tensors[name] for canonical, name in first.items()}
 
 
 def _refuse_unknown_config(config: AdapterConfig, what: str) -> None:
@@ -83,33 +104,122 @@ def _refuse_unknown_config(config: AdapterConfig, what: str) -> None:
         raise Incompatible(f"the installed PEFT does not know how {what} is computed; nothing was changed", errors)
 
 
+# ---------------------------------------------------------------- into a model that carries an adapter
+
+
+def _put(
+    holder: nn.Module,
+    adapter_name: str,
+    tensors: Mapping[str, torch.Tensor],
+    config: AdapterConfig | None,
+    targets: tuple[Target, ...],
+    *,
+    strict: bool,
+    what: str,
+) -> None:
+    places = {canonical_name(name): (name, tensor) for name, tensor in adapter_tensors(holder, adapter_name).items()}
+    aliases = {canonical: tensor for canonical, (_, tensor) in places.items()}
+    findings = [
+        *option_findings(holder, adapter_name, config),
+        *scaling_findings(holder, adapter_name, config, targets),
+    ]
+    own = memory_of(holder)
+    if all(tensor.is_meta or not tensor.numel() or memory(tensor) in own for tensor in aliases.values()):
+        copy_into(holder, aliases, tensors, strict=strict, what=what, findings=findings)
+        return
+    settle([*findings, *differences(aliases, tensors)], strict=True, what=f"{what} does not fit this adapter")
+    saved = {places[canonical][0]: tensor.clone() for canonical, tensor in tensors.items()}
+    _put_through_peft(holder, adapter_name, saved, what)
+
+
+def _put_through_peft(holder: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor], what: str) -> None:
+    """For tuners that save something computed (prompts, sparse indices): PEFT sets it, and must then save the same.
+
+    Args:
+        tensors: under the names that PEFT saves.
+    """
+    from peft import set_peft_model_state_dict
+
+    before = ModuleState(holder, values=[one for one in holder.parameters() if one.requires_grad or one.numel() == 0])
+    try:
+        set_peft_model_state_dict(holder, tensors, adapter_name=adapter_name)
+        after = adapter_tensors(holder, adapter_name)
+        computed = [name for name, tensor in tensors.items() if not same_values(after[name], tensor)]
+        if computed:
+            message = "the model computes it from other parameters, so it cannot be set"
+            mend = "pull it as a PEFT folder and give that to PeftModel.from_pretrained with the plain base"
+            raise Incompatible(
+                f"{what} does not fit this adapter; nothing was changed",
+                [Finding("C21", "error", canonical_name(name), message, mend=mend) for name in computed],
+            )
+    except _PEFT_ERRORS as error:
+        before.restore()
+        raise Incompatible(f"{what} does not fit this adapter; nothing was changed: PEFT says: {error}") from error
+    except BaseException:
+        before.restore()
+        raise
+
+
 def scaling_findings(
     holder: nn.Module, adapter_name: str, config: AdapterConfig | None, targets: tuple[Target, ...]
 ) -> list[Finding]:
     """C10: modules whose live scaling (lora_alpha / r, or / sqrt(r)) is not the one that was pushed."""
     if config is None:
-        return []
-    ranks = {target.module: target.rank for target in targets if target.rank}
+        message = "the version has no configuration, so its scaling could not be compared with the model's"
+        return [Finding("C10", "warning", "", message, mend="push the adapter with its configuration")]
+    by_path = {target.module: target for target in targets}
     found = []
-    for path, module in holder.named_modules():
-        live = getattr(module, "scaling", None)
-        inner = path.removeprefix(PREFIX)
-        if not isinstance(live, Mapping) or adapter_name not in live or inner not in ranks:
+    for layer, path in tuner_layers(holder).items():
+        live = getattr(layer, "scaling", None)
+        target = _target_of(layer, path, by_path)
+        if target is None or not isinstance(live, Mapping) or adapter_name not in live:
             continue
-        expected = scaling(config, inner, ranks[inner])
-        if expected is not None and abs(live[adapter_name] - expected) > 1e-9 * max(1.0, abs(expected)):
+        expected = target_scaling(config, target)
+        actual = float(live[adapter_name])
+        if expected is not None and abs(actual - expected) > 1e-9 * max(1.0, abs(expected)):
+            mend = "build the adapter with the lora_alpha and use_rslora of the version"
             found.append(
-                Finding(
-                    "C10",
-                    "error",
-                    inner,
-                    "the scaling differs",
-                    f"{expected:g}",
-                    f"{live[adapter_name]:g}",
-                    "build the adapter with the lora_alpha and use_rslora of the version",
-                )
+                Finding("C10", "error", target.module, "the scaling differs", f"{expected:g}", f"{actual:g}", mend)
             )
     return found
+
+
+def _target_of(layer: Any, path: str, targets: Mapping[str, Target]) -> Target | None:
+    """The target that a live layer is; two parameters of one module are told apart by PEFT's nesting alone."""
+    inner = canonical_name(f"{path}.lora_A").removesuffix(".lora_A")
+    bare = ".".join(without_layers(inner.split(".")))
+    names = [inner, bare]
+    if hasattr(layer, "parameter_name"):
+        names = [f"{bare}.{layer.parameter_name}", inner]
+    return next((targets[name] for name in names if name in targets), None)
+
+
+def option_findings(holder: Any, adapter_name: str, config: AdapterConfig | None) -> list[Finding]:
+    """C10: options that change what the adapter computes, and that names and shapes need not show."""
+    if config is None:
+        return []
+    live = live_config(holder, adapter_name)
+    mend = "build the adapter with the version's options"
+    if live.peft_type != config.peft_type:
+        message = "the model's adapter is of another type"
+        return [Finding("C10", "error", "peft_type", message, config.peft_type, live.peft_type, mend)]
+    expected, actual = canonical_config(config), canonical_config(live)
+    keys = {*LORA_OPTIONS, *unknown_keys(config)}
+    if config.peft_type != "LORA":
+        keys = {key for key in (*expected, *actual) if "dropout" not in key and not key.startswith("init_")}
+        keys -= OUTSIDE | _SEEN_IN_TENSORS | _FOR_TRAINING
+    return [
+        Finding("C10", "error", key, "the option differs", _short(expected.get(key)), _short(actual.get(key)), mend)
+        for key in sorted(keys)
+        if expected.get(key) != actual.get(key) and not (is_off(expected.get(key)) and is_off(actual.get(key)))
+    ]
+
+
+def _short(value: object) -> str:
+    return repr(value)[:80]
+
+
+# ---------------------------------------------------------------- into a plain base
 
 
 def _wrap(
@@ -118,35 +228,49 @@ def _wrap(
     config: AdapterConfig,
     targets: tuple[Target, ...],
     adapter_name: str,
+    *,
+    strict: bool,
     what: str,
 ) -> nn.Module:
     """Wraps a plain base. What can be told without touching it is told first; should PEFT then build
-    something else than the version holds, the wrapping is undone."""
+    something else than the version holds, or nothing at all, the wrapping is undone."""
     from peft import get_peft_model
 
-    early = module_findings(model, targets)
-    if early:
-        raise Incompatible(f"{what} does not fit this {type(model).__name__}; nothing was changed", early)
-    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    was_training = model.training
-    peft_config = make_peft_config(config)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*base_model_name_or_path.*")
-        wrapped: Any = get_peft_model(model, peft_config, adapter_name=adapter_name)
+    misfit = f"{what} does not fit this {type(model).__name__}"
+    if not config.layer_replication:
+        settle(module_findings(model, targets), strict=strict, what=misfit)
+    peft_config = make_peft_config(config, what)
+    peft_config.base_model_name_or_path = vars(model).get("name_or_path") or None
+    training = [(module, module.training) for module in model.modules()]
+    before = ModuleState(model, values=_initialised_in_place(model, config, targets))
     try:
-        places = _places(wrapped, adapter_name)
-        found = [*differences(places, tensors), *scaling_findings(wrapped, adapter_name, config, targets)]
-        if found:
-            raise Incompatible(f"{what} does not fit this {type(model).__name__}; nothing was changed", found)
-        copy_into(wrapped, places, tensors, strict=True, what=what)
+        try:
+            wrapped: Any = get_peft_model(model, peft_config, adapter_name=adapter_name)
+        except _PEFT_ERRORS as error:
+            raise Incompatible(f"{misfit}; nothing was changed: PEFT says {type(error).__name__}: {error}") from error
+        _put(wrapped, adapter_name, tensors, config, targets, strict=strict, what=what)
     except BaseException:
-        if hasattr(wrapped.base_model, "unload"):
-            wrapped.base_model.unload()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trainable.get(name, parameter.requires_grad))
+        before.restore()
         raise
-    wrapped.train(was_training)
+    wrapped.peft_config[adapter_name].base_model_name_or_path = config.base_model
+    wrapped.train(model.training)
+    for module, flag in training:
+        module.training = flag
     return wrapped  # type: ignore[no-any-return]  # peft is untyped here
+
+
+def _initialised_in_place(model: nn.Module, config: AdapterConfig, targets: tuple[Target, ...]) -> list[torch.Tensor]:
+    """Weights that PEFT may change while it initialises the adapter (PiSSA, OLoRA and the like)."""
+    if config.init_lora_weights is None or config.init_lora_weights in PLAIN_INITS:
+        return []
+    modules = dict(model.named_modules())
+    return [
+        parameter
+        for target in targets
+        if target.module in modules
+        for parameter in modules[target.module].parameters()
+        if not parameter.is_meta
+    ]
 
 
 def module_findings(model: nn.Module, targets: tuple[Target, ...]) -> list[Finding]:
@@ -157,12 +281,12 @@ def module_findings(model: nn.Module, targets: tuple[Target, ...]) -> list[Findi
     found = []
     for target in targets:
         module = modules.get(target.module)
+        kind = target.kind.partition("+")[0]
         if module is None:
-            if target.kind not in ("parameter",):
+            if kind != "parameter":
                 mend = "is this the base that the adapter was trained on?"
                 found.append(Finding("C05", "error", target.module, "the model has no such module", mend=mend))
-            continue
-        if isinstance(module, nn.Linear) and target.kind == "linear":
+        elif isinstance(module, nn.Linear) and kind == "linear":
             sizes, wanted = (module.in_features, module.out_features), (target.in_features, target.out_features)
             if sizes != wanted:
                 found.append(
@@ -171,14 +295,23 @@ def module_findings(model: nn.Module, targets: tuple[Target, ...]) -> list[Findi
     return found
 
 
-def make_peft_config(config: AdapterConfig) -> Any:
-    """The installed PEFT's configuration object. Keys that it does not know are dropped here only because
-    `config_findings` has shown that they change nothing."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-    from peft.utils import PeftType
+def make_peft_config(config: AdapterConfig, what: str) -> Any:
+    """The installed PEFT's configuration object.
 
-    kind: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(config.peft_type)]
-    known = {field.name for field in fields(kind)}
-    document = {key: value for key, value in config.document.items() if key in known and key != "peft_version"}
+    Raises:
+        Incompatible: it has no such tuner or option, or does not take the value of one.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind: Any = {str(key.value): value for key, value in PEFT_TYPE_TO_CONFIG_MAPPING.items()}.get(config.peft_type)
+    known = {field.name for field in fields(kind)} if kind else set()
+    document = {key: value for key, value in config.document.items() if key in known}
+    dropped = sorted(key for key, value in config.document.items() if key not in known and not is_off(value))
+    if kind is None or dropped:
+        subject = f"tuner {config.peft_type}" if kind is None else f"option {', '.join(dropped)}"
+        raise Incompatible(f"the installed PEFT has no {subject}, which {what} needs; nothing was changed")
     document["inference_mode"] = True
-    return kind(**document)
+    try:
+        return kind(**document)
+    except _PEFT_ERRORS as error:
+        raise Incompatible(f"the installed PEFT does not take the configuration of {what}: {error}") from error

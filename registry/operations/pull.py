@@ -5,22 +5,33 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from registry.catalog.contents import Contents, StoredFile, read_contents
 from registry.catalog.versions import VersionRecord, records, resolve
-from registry.core.errors import DestinationExists, InvalidInput, NoSpace, ReadOnly, SourceNotFound, StorageError
-from registry.core.reference import parse_reference
+from registry.core.errors import (
+    DestinationExists,
+    InvalidInput,
+    NoSpace,
+    ReadOnly,
+    RegistryError,
+    SourceNotFound,
+    StorageError,
+)
+from registry.core.reference import parse_reference, shown
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_TENSORS
 from registry.operations.context import Context
 from registry.operations.reading import BlobReader, file_bytes
 
 PullFormat = Literal["native", "peft"]
+TEMPORARY = ".registry-pull-"
+"""How the name of a folder begins in which a pull writes; one that was killed leaves it."""
 FORMATS: tuple[PullFormat, ...] = ("native", "peft")
 
 
@@ -45,8 +56,10 @@ def pull(
     context: Context, reference: str, destination: Path, *, format: str = "native", force: bool = False
 ) -> PullResult:
     """Pulls a version; see `Registry.pull`."""
+    if "\0" in str(destination):
+        raise InvalidInput(f"destination {shown(str(destination))!r}: a path has no NUL in it")
     if format not in FORMATS:
-        raise InvalidInput(f"format {format!r}; expected one of {', '.join(FORMATS)}")
+        raise InvalidInput(f"format {shown(str(format))!r}; expected one of {', '.join(FORMATS)}")
     with context.reading() as connection:
         key = resolve(connection, parse_reference(reference))
         record = records(connection, [key.id])[0]
@@ -55,8 +68,9 @@ def pull(
     if format == "peft":
         extra = _peft_files(context, record, contents)
     single = len(contents.files) == 1 and not extra
-    written = _write(context, contents, extra, _place(destination, contents.files, single), single, force)
-    total = sum(path.stat().st_size for path in written)
+    with _write_errors(destination):
+        written = _write(context, contents, extra, _place(destination, contents.files, single), single, force)
+        total = sum(path.stat().st_size for path in written)
     return PullResult(record.reference, record.digest, written[0] if single else destination, tuple(written), total)
 
 
@@ -93,40 +107,40 @@ def _write(
     single: bool,
     force: bool,
 ) -> list[Path]:
-    _check_target(target, contents.files, single, force)
+    # Into a folder that is there the files are renamed from within: it may be a link, a mount, somebody's working
+    # folder, or the only one in which this user may write.
+    inside = not single and target.is_dir()
+    temporary = (target if inside else target.parent) / f"{TEMPORARY}{secrets.token_hex(8)}"
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=".registry-pull-", dir=target.parent))
-    except OSError as error:
-        raise _write_error(error, target.parent) from error
-    try:
+        _check_target(target, contents.files, single, force)
+        temporary.mkdir(0o700)
         made = temporary / "content"
-        try:
-            _write_files(context, contents, extra, made, single)
-            return _put_in_place(made, target, [file.path for file in contents.files], single)
-        except OSError as error:
-            if isinstance(error, StorageError):
-                raise
-            raise _write_error(error, target) from error
+        _write_files(context, contents, extra, made, single)
+        _check_target(target, contents.files, single, force)  # again: what took long may have been overtaken
+        return _put_in_place(made, target, [file.path for file in contents.files], single)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_target(target: Path, files: Iterable[StoredFile], single: bool, force: bool) -> None:
     if not target.parent.is_dir():
-        raise SourceNotFound(f"no such folder: {target.parent}; make it first")
+        raise SourceNotFound(f"no such folder: {shown(str(target.parent), 200)}; make it first")
+    what = shown(str(target), 200)
     if single:
-        if target.is_dir():
-            raise InvalidInput(f"{target} is a folder; expected a file name")
-        if target.exists() and not force:
-            raise DestinationExists(f"{target} exists; pull with --force to replace it")
+        if os.path.lexists(target) and not force:
+            raise DestinationExists(f"{what} exists; pull with --force to replace it")
+        if target.exists() and not target.is_file():
+            raise InvalidInput(f"{what} is a folder or device; expected a file name")
         return
-    if target.exists() and not target.is_dir():
-        raise InvalidInput(f"{target} is a file, and the version has several; give a folder")
-    if target.is_dir() and any(target.iterdir()) and not force:
-        raise DestinationExists(f"{target} is not empty; pull with --force to replace the version's files in it")
+    if os.path.lexists(target) and not target.is_dir():
+        raise InvalidInput(f"{what} is no folder, and the version has several files; give a folder")
+    if not target.is_dir():
+        return
+    if not force and any(not entry.name.startswith(TEMPORARY) for entry in target.iterdir()):
+        raise DestinationExists(f"{what} is not empty; pull with --force to replace the version's files in it")
     for file in files:
         if (target / file.path).is_dir():
-            raise InvalidInput(f"{target / file.path} is a folder; expected a file to replace")
+            raise InvalidInput(f"{shown(str(target / file.path), 200)} is a folder; expected a file to replace")
 
 
 def _write_files(context: Context, contents: Contents, extra: Mapping[str, bytes], made: Path, single: bool) -> None:
@@ -151,7 +165,7 @@ def _put_in_place(made: Path, target: Path, paths: list[str], single: bool) -> l
     if single:
         os.replace(made, target)
         return [target]
-    if target.is_dir() and any(target.iterdir()):
+    if target.is_dir():
         for path in paths:
             (target / path).parent.mkdir(parents=True, exist_ok=True)
             os.replace(made / path, target / path)
@@ -160,9 +174,17 @@ def _put_in_place(made: Path, target: Path, paths: list[str], single: bool) -> l
     return [target / path for path in paths]
 
 
-def _write_error(error: OSError, where: Path) -> StorageError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return NoSpace(error.errno, f"no space to write {where}; nothing was left behind")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return ReadOnly(error.errno, f"{where} cannot be written by this user")
-    return StorageError(error.errno, f"cannot write {where}: {error.strerror}")
+@contextmanager
+def _write_errors(destination: Path) -> Iterator[None]:
+    """Turns errors of the system about the destination into ours; those of the store are ours already."""
+    try:
+        yield
+    except RegistryError:
+        raise
+    except OSError as error:
+        what, reason = shown(str(destination), 200), error.strerror
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise NoSpace(error.errno, f"no space to write {what} ({reason}); nothing was left behind") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise ReadOnly(error.errno, f"{what} cannot be written by this user ({reason})") from error
+        raise StorageError(error.errno, f"cannot write {what}: {reason}") from error

@@ -3,6 +3,7 @@ transaction makes the version and its events, then the journal objects are writt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,14 @@ from registry.catalog.names import LockedName, lock_name, name_id
 from registry.catalog.versions import VersionKey, resolve, same_content, tags_of, version_by_digest
 from registry.core.adapter_config import canonical_config, config_findings
 from registry.core.adapter_names import Target, targets_of
-from registry.core.annotations import MetadataValue, MetricValue, read_metadata, read_metrics
+from registry.core.annotations import (
+    MetadataValue,
+    MetricValue,
+    check_step,
+    check_text,
+    read_metadata,
+    read_metrics,
+)
 from registry.core.content_digest import content_digest
 from registry.core.digest import sha256_hex
 from registry.core.errors import ArtifactNotFound, InUse, InvalidInput, NotFound
@@ -105,14 +113,18 @@ def check_request(
     wanted = dict.fromkeys(check_new_tag(one) for one in (*((tag,) if tag else ()), *tags))
     if kind is not None and kind not in KINDS:
         raise InvalidInput(f"kind {shown(str(kind))!r}; expected one of {', '.join(KINDS)}")
-    for relation, reference, _ in parents:
+    for relation, reference, weight in parents:
         if relation not in RELATIONS:
-            raise InvalidInput(f"relation {shown(relation)!r}; expected one of {', '.join(RELATIONS)}")
+            raise InvalidInput(f"relation {shown(str(relation))!r}; expected one of {', '.join(RELATIONS)}")
         parse_reference(reference)
+        if weight is not None and relation != "merged_from":
+            raise InvalidInput(f"{relation} {reference}: only merged_from takes a weight, found {shown(repr(weight))}")
+        if weight is not None and (type(weight) not in (int, float) or not math.isfinite(weight)):
+            raise InvalidInput(f"{relation} {reference}: the weight {shown(repr(weight))} is no finite number")
     if base is not None:
         parse_reference(base)
-    if message is not None and ("\x00" in message or len(message) > 10_000):
-        raise InvalidInput("a message holds at most 10,000 characters and no NUL")
+    if message is not None:
+        check_text(message, "message")
     return Request(
         namespace,
         name,
@@ -122,7 +134,7 @@ def check_request(
         tuple(parents),
         read_metadata(metadata or {}),
         read_metrics(metrics or {}),
-        step,
+        check_step(step),
         message,
     )
 
@@ -196,7 +208,7 @@ def _push_once(
     with context.store.blobs.batch() as batch:
         files = digest_files(context, source, batch, ancestry.base_tensors)
         described = _describe(source, kind, files, ancestry)
-        if not _is_known(context, request, described.manifest.digest):
+        if not _is_known(context, request, described.manifest.digest):  # else the batch is dropped as it is
             stored = store_version(context, source, described.manifest, described.layouts, files, batch)
             batch.commit()
     with context.writing() as connection:
@@ -229,7 +241,14 @@ def _ancestry(connection: Connection, request: Request) -> _Ancestry:
     parents: dict[tuple[str, str], tuple[Parent, VersionKey]] = {}
     for relation, reference, weight in request.parents:
         key = _parent(connection, reference, relation)
-        parents.setdefault((relation, key.digest), (Parent(relation, key.digest, weight), key))
+        if base is not None and (relation, key.digest) == ("trained_on", base.digest):
+            continue  # the base says so
+        parent = Parent(relation, key.digest, weight)
+        known, _ = parents.setdefault((relation, key.digest), (parent, key))
+        if known != parent:
+            raise InvalidInput(
+                f"{relation} {reference} is given twice, with the weights {known.weight} and {weight}; add them up"
+            )
     base_tensors = {} if base is None else blobs.tensors_of_version(connection, base.id)
     return _Ancestry(base, tuple(parents.values()), base_tensors)
 
@@ -242,12 +261,20 @@ def _parent(connection: Connection, reference: str, role: str) -> VersionKey:
 
 
 def _is_known(context: Context, request: Request, digest: str) -> bool:
+    """Whether the name has this very version already.
+
+    Raises:
+        TagProtected: it has not, and a tag that should move to it is protected; told before anything is stored.
+    """
     with context.reading() as connection:
         try:
             identifier = name_id(connection, request.namespace, request.name)
         except ArtifactNotFound:
             return False
-        return version_by_digest(connection, identifier, digest) is not None
+        known = version_by_digest(connection, identifier, digest) is not None
+        if not known:
+            tags.refuse_protected(connection, identifier, f"{request.namespace}/{request.name}", request.tags)
+        return known
 
 
 def _describe(source: Source, kind: str, files: Sequence[WrittenFile], ancestry: _Ancestry) -> _Description:
@@ -278,6 +305,7 @@ def _describe(source: Source, kind: str, files: Sequence[WrittenFile], ancestry:
         base=None if ancestry.base is None else ancestry.base.digest,
         parents=tuple(parent for parent, _ in ancestry.parents),
     )
+    manifest.check()
     content = content_digest(
         {written.file.role: (written.file.layout, written.digests.tensors) for written in files},
         source.config,
@@ -329,7 +357,7 @@ def _insert(
             message=request.message,
             findings=described.findings,
             created_by=actor(),
-            created_at=now(),
+            created_at=max(now(), name.last_event_at),
         ),
     )
     # After the rows stand: gc cannot mark these blobs any more, so what is there now stays.

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from registry.catalog.contents import StoredComponent, StoredFile
-from registry.core.errors import Corrupt, DigestMismatch
+from registry.core.errors import Corrupt, DigestMismatch, MalformedTensors
 from registry.core.safetensors_header import Header, read_header
+from registry.store.files import storage_errors
 from registry.store.interface import BlobStore
 
 CHUNK_BYTES = 4 << 20
@@ -47,7 +48,11 @@ class BlobReader:
         """
         if digest not in self._open:
             file = self._stack.enter_context(self._blobs.open(digest))
-            header, _ = read_header(file, file_size=self._blobs.size(digest), what=f"blob {digest}")
+            try:
+                with storage_errors(f"read blob {digest}", writing=False):
+                    header, _ = read_header(file, file_size=self._blobs.size(digest), what=f"blob {digest}")
+            except MalformedTensors as error:
+                raise Corrupt(f"{error}; `registry fsck` says what needs this blob") from error
             self._open[digest] = OpenBlob(digest, file, header)
         return self._open[digest]
 
@@ -63,7 +68,7 @@ class BlobReader:
         opened.file.seek(opened.header.size + begin)
         left = end - begin
         while left:
-            chunk = opened.file.read(min(left, CHUNK_BYTES))
+            chunk = _read(opened.file, min(left, CHUNK_BYTES), digest)
             if not chunk:
                 raise Corrupt(f"blob {digest} is shorter than its header says")
             left -= len(chunk)
@@ -95,10 +100,15 @@ def _unproven(
     reader: BlobReader, blobs: BlobStore, file: StoredFile, component: StoredComponent | None
 ) -> Iterator[bytes]:
     with blobs.open(file.blob) as stored:
-        while chunk := stored.read(CHUNK_BYTES):
+        while chunk := _read(stored, CHUNK_BYTES, file.blob):
             yield chunk
     if not file.whole:
         if component is None:
             raise Corrupt(f"file {file.path} is stored in parts, and its component is missing")
         for digest, ordinal in component.places:
             yield from reader.tensor(digest, ordinal)
+
+
+def _read(file: BinaryIO, most: int, digest: str) -> bytes:
+    with storage_errors(f"read blob {digest}", writing=False):
+        return file.read(most)

@@ -8,6 +8,7 @@ from registry.catalog import tags
 from registry.catalog.journal_rows import events_of
 from registry.catalog.names import LockedName
 from registry.catalog.versions import VersionKey, resolve
+from registry.core.annotations import check_text
 from registry.core.errors import TagNotFound
 from registry.core.event import Event
 from registry.core.reference import check_new_tag, parse_reference
@@ -23,6 +24,7 @@ def move_tag(
         The version, and whether the tag moved.
     """
     check_new_tag(tag)
+    _check_why(why)
     parsed = parse_reference(reference)
 
     def change(name: LockedName, at: datetime) -> tuple[VersionKey, bool]:
@@ -36,6 +38,7 @@ def move_tag(
 def protect_tag(context: Context, artifact: str, tag: str, *, on: bool, why: str | None = None) -> bool:
     """Protects a tag or lifts its protection; True where that changed anything."""
     check_new_tag(tag)
+    _check_why(why)
     parsed = parse_reference(artifact)
     return under_lock(
         context,
@@ -48,6 +51,7 @@ def protect_tag(context: Context, artifact: str, tag: str, *, on: bool, why: str
 def delete_tag(context: Context, artifact: str, tag: str, *, why: str | None = None) -> None:
     """Deletes a tag; its history stays."""
     check_new_tag(tag)
+    _check_why(why)
     parsed = parse_reference(artifact)
     under_lock(
         context,
@@ -55,6 +59,11 @@ def delete_tag(context: Context, artifact: str, tag: str, *, why: str | None = N
         parsed.name,
         lambda name, at: tags.remove(name, tag, actor=actor(), at=at, why=why),
     )
+
+
+def _check_why(why: str | None) -> None:
+    if why is not None:
+        check_text(why, "reason")
 
 
 def tag_history(context: Context, artifact: str, tag: str) -> list[Event]:

@@ -68,6 +68,8 @@ def digest_files(
             digests = FileDigests(staged.digest, hasher.digests.tensors, hasher.digests.nonfinite)
         else:
             digests = hash_file(file)
+        if not file.is_unchanged():
+            raise changed(file)
         plan = _plan(context, file, digests, base_tensors)
         if staged is not None and not plan.whole:
             batch.discard(staged)
@@ -156,7 +158,9 @@ class _Writer:
             elif known and self._context.store.blobs.size(digests.sha256) == file.size:
                 stored = StoredBlob(digests.sha256, file.size, created=False)
             else:
-                stored = self._batch.put(_checked_whole(file, digests))
+                stored = self._batch.put(file.chunks())
+                if stored.digest != digests.sha256:
+                    raise changed(file)
             position = self._tensors_blob(stored, file.layout, digests.tensors)
             return tuple((position, ordinal) for ordinal in range(len(file.layout))), FilePlacement(position, True)
         where: dict[int, tuple[int, int]] = {}
@@ -187,14 +191,6 @@ class _Writer:
         self.roles.append((stored.digest, role))
         self.bytes_new += stored.size if stored.created else 0
         return len(self.roles) - 1
-
-
-def _checked_whole(file: TensorFile, digests: FileDigests) -> Iterator[memoryview]:
-    """The whole file again, refusing one that changed since it was hashed."""
-    hasher = FileHasher(file, whole=True)
-    yield from hasher.chunks()
-    if hasher.digests.sha256 != digests.sha256:
-        raise changed(file)
 
 
 def _new_tensors(file: TensorFile, digests: FileDigests, plan: Plan, layout: Layout) -> Iterator[memoryview]:

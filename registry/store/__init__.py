@@ -16,7 +16,7 @@ from registry.store.local import LocalStore
 if TYPE_CHECKING:
     from registry.store.interface import Store
 
-__all__ = ["create_store", "open_store"]
+__all__ = ["create_store", "local_root", "open_store"]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -31,7 +31,7 @@ def open_store(url_or_path: str | os.PathLike[str]) -> Store:
         Corrupt: a store whose `registry.json` is not what it must be.
         StorageError: it cannot be read.
     """
-    return LocalStore.open(_local_root(url_or_path))
+    return LocalStore.open(local_root(url_or_path))
 
 
 def create_store(url_or_path: str | os.PathLike[str], registry_id: str) -> Store:
@@ -45,10 +45,15 @@ def create_store(url_or_path: str | os.PathLike[str], registry_id: str) -> Store
         Conflict: another registry is there; the same one is opened.
         NoSpace, ReadOnly, StorageError: there is no store then.
     """
-    return LocalStore.create(_local_root(url_or_path), registry_id)
+    return LocalStore.create(local_root(url_or_path), registry_id)
 
 
-def _local_root(url_or_path: str | os.PathLike[str]) -> Path:
+def local_root(url_or_path: str | os.PathLike[str]) -> Path:
+    """The folder that a path or `file://` URL names.
+
+    Raises:
+        InvalidInput: it names none.
+    """
     text = os.fspath(url_or_path)
     if match := _SCHEME.match(text):
         text = _file_url_path(text, match[1].lower())

@@ -247,14 +247,19 @@ def create_once(final: Path, document: bytes, *, top: Path, temporaries: Path) -
         finally:
             os.close(descriptor)
         with storage_errors(f"create {final}"):
-            created = _name_once(temporary, final)
+            created = name_once(temporary, final)
     finally:
         remove(temporary)
     in_parallel(sync_folder, sorted(changed))
     return created
 
 
-def _name_once(temporary: Path, final: Path) -> bool:
+def name_once(temporary: Path, final: Path) -> bool:
+    """Gives a finished file its name, where nothing has that name yet; the folder is still to be synced.
+
+    Returns:
+        False where something has; the temporary name stays for the caller to remove, here and where a link was made.
+    """
     try:
         os.link(temporary, final)
     except FileExistsError:

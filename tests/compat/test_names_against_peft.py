@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import EMBEDDING_LAYER_NAMES
+from peft.utils.other import EMBEDDING_LAYER_NAMES, get_pattern_key
 from peft.utils.peft_types import PeftType
 from safetensors.torch import load_file
 from torch import nn
@@ -36,6 +36,7 @@ from registry.core.adapter_names import (
 )
 from registry.core.content_digest import LORA_OPTIONS, content_digest
 from registry.core.layout import Layout, TensorSpec
+from registry.core.name_patterns import PatternTable
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of much that these models do on purpose
 
@@ -314,6 +315,14 @@ def test_an_adapter_called_weight_is_told_by_its_name(adapter: str) -> None:
     assert live == {canonical_name(name) for name in saved(model, adapter)}
 
 
+@pytest.mark.parametrize("path", ["a.b.q", "a.b.qv", "a_b.q", "q", "layers.11.q"])
+@pytest.mark.parametrize(
+    "keys", [["q"], ["b.q", "q"], ["^q", "a.b"], [r"layers\.\d+\.q", "q"], ["q|v"], ["(a|b).*", "q"], [".*q.*"], []]
+)
+def test_patterns_are_looked_up_as_peft_does(keys: list[str], path: str) -> None:
+    assert (PatternTable(keys).find(path) or path) == get_pattern_key(keys, path)
+
+
 # ---------------------------------------------------------------- LoRA, variant by variant
 
 ALL = ["emb", "lin", "conv1", "conv2", "conv3", "transposed"]
@@ -425,7 +434,7 @@ VARIANTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], set[Target]]]
     ),
     "KaSA": (
         Zoo,
-        {"r": 4, "target_modules": ["lin"], "kasa_config": peft.KasaConfig() if hasattr(peft, "KasaConfig") else {}},
+        {"r": 4, "target_modules": ["lin"], "kasa_config": {}},
         {Target("lin", 4, 8, 6, "linear+kasa")},
     ),
     "VeLoRA": (
@@ -479,14 +488,6 @@ def variant(request: pytest.FixtureRequest, tmp_path: Path) -> Adapter:
     return Adapter(model, tmp_path, config, layout_of(load_file(tmp_path / "adapter_model.safetensors")), wanted)
 
 
-def live_scalings(model: PeftModel) -> dict[str, float]:
-    return {
-        ".".join(name.removeprefix("base_model.model.").split(".")): module.scaling["default"]
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-    }
-
-
 def test_the_targets_of_a_saved_adapter_are_the_layers_that_peft_wrapped(variant: Adapter) -> None:
     targets, findings = targets_of(variant.layout, variant.config)
     assert set(targets) == variant.wanted
@@ -505,23 +506,24 @@ def test_a_live_model_has_the_targets_of_its_file(variant: Adapter) -> None:
 
 
 def test_scaling_is_that_of_the_live_layer(variant: Adapter) -> None:
-    truth = live_scalings(variant.model)
-    compared = 0
-    for target in targets_of(variant.layout, variant.config)[0]:
-        if target.rank == 0:
-            assert target_scaling(variant.config, target) is None
-            continue
-        found = target_scaling(variant.config, target)
-        candidates = {
-            value
-            for path, value in truth.items()
-            if base_name(f"{path}.x") == f"{target.module}.x"
-            or path == target.module
-            or (target.kind == "parameter" and target.module.startswith(f"{base_name(f'{path}.x')[:-2]}."))
-        }
-        assert {found} == candidates, target
-        compared += 1
-    assert compared == len(truth)
+    found = {
+        target.module: target_scaling(variant.config, target)
+        for target in targets_of(variant.layout, variant.config)[0]
+    }
+    layers = {
+        name.removeprefix("base_model.model."): layer
+        for name, layer in variant.model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    compared = set()
+    for path, layer in layers.items():
+        inside = path.replace(".base_layer", "")
+        places = {path, inside, f"{inside}.{getattr(layer, 'parameter_name', '')}"} & found.keys()
+        place = path if path in places else places.pop()
+        assert found[place] == layer.scaling["default"], path
+        compared.add(place)
+    assert {module for module, scaling in found.items() if scaling is not None} == compared
+    assert len(compared) == len(layers)
 
 
 def test_a_saved_configuration_is_the_live_one_in_another_order(variant: Adapter) -> None:

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.core.adapter_config import AdapterConfig, adapter_config
+from registry.core.adapter_config import MAX_FINDINGS_EACH, AdapterConfig, adapter_config
 from registry.core.adapter_names import (
-    MAX_FINDINGS_EACH,
     Target,
     base_name,
     canonical_name,
@@ -309,9 +308,7 @@ def test_the_base_in_a_whole_model_is_no_target() -> None:
         )
     )
     targets, findings = targets_of(found, lora(modules_to_save=["head"]))
-    assert {(target.module, target.kind) for target in targets} == {("head", "full"), ("q", "linear+base_bias")} or {
-        (target.module, target.kind) for target in targets
-    } == {("head", "full"), ("q", "linear")}
+    assert [(target.module, target.kind) for target in targets] == [("head", "full"), ("q", "linear")]
     assert findings == ()
 
 
@@ -359,8 +356,8 @@ def test_forty_thousand_tensors_take_seconds() -> None:
     for number in range(20_000):
         shapes |= pair(f"layers__{number}__q")
     found = layout(**shapes)
-    started = time.monotonic()
+    started = time.process_time()
     targets, findings = targets_of(found, lora(rank_pattern={r".*layers\.1\d\.q": 8}))
     assert len(targets) == 20_000
     assert len(findings) == 10
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20

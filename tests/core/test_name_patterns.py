@@ -131,7 +131,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("key", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_hostile_expression_costs_little(key: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     table = PatternTable([key])
     for number in range(300):
         try:
@@ -139,11 +139,11 @@ def test_a_hostile_expression_costs_little(key: str) -> None:
         except Undecided:
             continue
         assert found in (None, key)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_many_hostile_expressions_share_one_budget() -> None:
-    started = time.monotonic()
+    started = time.process_time()
     table = PatternTable([f"(a|b|.)*{number}x" for number in range(name_patterns.MAX_EXPRESSIONS)])
     undecided = 0
     for number in range(2000):
@@ -152,17 +152,17 @@ def test_many_hostile_expressions_share_one_budget() -> None:
         except Undecided:
             undecided += 1
     assert undecided
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
 
 
 def test_a_plain_key_for_each_of_ten_thousand_modules_is_looked_up_at_once() -> None:
     """EVA writes such a rank_pattern."""
     paths = [f"model.layers.{layer}.mlp.experts.{expert}.up_proj" for layer in range(80) for expert in range(125)]
-    started = time.monotonic()
+    started = time.process_time()
     table = PatternTable(paths)
     assert all(table.find(path) == path for path in paths)
     assert table.find("model.layers.80.mlp.experts.0.up_proj") is None
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize("path", ["a" * 1001, "a." * 61, "a\nb"])

@@ -183,6 +183,12 @@ def test_rust_accepts_what_our_list_of_differences_refuses(difference: str) -> N
     assert message in refusal(file_of(header))
 
 
+def test_an_unknown_field_twice_is_refused_as_it_is_once() -> None:
+    file = file_of(f'{{"a":{F32[:-1]},"extra":1,"extra":1}}}}')
+    assert rust_accepts(file)
+    assert "tensor 'a': expected one 'extra', found two" in refusal(file)
+
+
 @pytest.mark.parametrize("name", ["\\u0000", "\\n", "\\r\\n", "\\u007f", "\x7f", "\x85", "\\u009b"])
 def test_a_tensor_name_with_a_control_character_is_refused(name: str) -> None:
     assert rust_accepts(file_of(f'{{"{name}":{F32}}}'))

@@ -4,6 +4,7 @@ many write at once. Real parts where there are some; calls are replaced only for
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -327,6 +328,23 @@ class TestAFileSystemWithoutHardLinks:
             linkless.journal.append("walk", "perturb", 1, b"second")
         assert linkless.journal.read("walk", "perturb", 1) == b"first"
         assert os.listdir(linkless.root / "tmp") == []
+
+    def test_looks_and_renames_under_one_lock(self, linkless: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        refused = []
+
+        def rename(source: Path, target: Path) -> None:
+            folder = os.open(target.parent, os.O_RDONLY)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                refused.append(target.name)
+            finally:
+                os.close(folder)
+            os.rename(source, target)
+
+        monkeypatch.setattr(durable.os, "rename", rename)
+        linkless.journal.append("walk", "perturb", 1, b"first")
+        assert refused == ["1.json"]
 
     def test_still_has_one_winner_among_processes(self, store: LocalStore) -> None:
         succeeds(

@@ -85,12 +85,13 @@ class TestLayout:
             batch.commit()
         assert os.listdir(store.root / "tmp") == []
 
-    def test_a_file_that_stands_where_a_temporary_is_made_is_not_followed(
-        self, store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("place", [Path.symlink_to, Path.hardlink_to])
+    def test_a_file_that_stands_where_a_temporary_is_made_is_not_written_to(
+        self, store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Callable[[Path, Path], None]
     ) -> None:
         target = tmp_path / "target"
         target.write_bytes(b"mine")
-        (store.root / "tmp" / "guessed").symlink_to(target)
+        place(store.root / "tmp" / "guessed", target)
         monkeypatch.setattr(durable, "new_temporary", lambda folder: folder / "guessed")
         with pytest.raises(StorageError), store.blobs.batch() as batch:
             batch.put([DATA])
@@ -218,7 +219,7 @@ class TestOpening:
             f'{{"id":"{ID}","store_format":1,"more":1}}',
             f'{{"id":"{ID.upper()}","store_format":1}}',
             '{"id":7,"store_format":1}',
-            " " * 70_000,
+            f'{{"id":"{ID}","store_format":1}}' + " " * 70_000,
         ],
     )
     def test_with_a_damaged_registry_json_is_refused(self, store: LocalStore, document: str) -> None:
@@ -276,10 +277,13 @@ class TestDurability:
             batch.put([DATA])
             assert calls == []
 
+    @pytest.mark.parametrize("folders_are_there", [False, True])
     def test_files_are_synced_then_renamed_then_folders_synced_once(
-        self, store: LocalStore, calls: list[tuple[str, str]]
+        self, store: LocalStore, calls: list[tuple[str, str]], folders_are_there: bool
     ) -> None:
         put(store, b"was there")
+        for number in range(256 if folders_are_there else 0):
+            (store.root / "blobs" / "sha256" / f"{number:02x}").mkdir(exist_ok=True)
         calls.clear()
         with store.blobs.batch() as batch:
             found = [batch.put([bytes([number])]) for number in range(5)]

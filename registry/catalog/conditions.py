@@ -1,0 +1,332 @@
+"""One `--where` condition, pattern or base as SQL over the tables of a search: version, joined with lora_config and
+layout. How a search puts them together is in `search.py`."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from datetime import date, timedelta
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    CompoundSelect,
+    Connection,
+    Double,
+    Select,
+    Table,
+    and_,
+    false,
+    func,
+    literal,
+    or_,
+    select,
+    union_all,
+)
+
+from registry.catalog.names import name_id
+from registry.catalog.tables import artifact, layout, lora_config, lora_target, metric, tag, version, version_metadata
+from registry.catalog.versions import resolve
+from registry.core.annotations import MetadataValue, check_text, parse_metadata_text
+from registry.core.errors import InvalidInput, InvalidQuery
+from registry.core.query import FIELDS, Condition, Operator
+from registry.core.reference import parse_artifact, parse_moment, parse_reference, shown
+
+COLUMNS: dict[str, ColumnElement[Any]] = {
+    "version": version.c.number,
+    "kind": version.c.kind,
+    "base_model": lora_config.c.base_model,
+    "peft_type": lora_config.c.peft_type,
+    "r": lora_config.c.r,
+    "lora_alpha": lora_config.c.lora_alpha,
+    "lora_dropout": lora_config.c.lora_dropout,
+    "use_rslora": lora_config.c.use_rslora,
+    "use_dora": lora_config.c.use_dora,
+    "lora_bias": lora_config.c.lora_bias,
+    "bias": lora_config.c.bias,
+    "init_lora_weights": lora_config.c.init_lora_weights,
+    "task_type": lora_config.c.task_type,
+    "peft_version": version.c.peft_order,
+    "torch_version": version.c.torch_version,
+    "python_version": version.c.python_version,
+    "git_commit": version.c.git_commit,
+    "git_dirty": version.c.git_dirty,
+    "size": version.c.size,
+    "parameters": layout.c.parameters,
+    "created_at": version.c.created_at,
+    "created_by": version.c.created_by,
+    "message": version.c.message,
+}
+"""What a field reads, where it is one column. `name`, `base`, `tag` and `target` are not."""
+
+FEW = 3000
+"""Up to so many hits, a condition's hits are listed; beyond, each version is asked by itself. Counting them takes 1 ms
+at most, and with 100,000 versions and 100 results wanted both ways take about 10 ms here."""
+MAX_VALUE = 1000
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+_VERSION = re.compile(r"([0-9]{1,6})(?:\.([0-9]{1,6}))?(?:\.([0-9]{1,6}))?(?![0-9])")
+
+
+@dataclass(frozen=True)
+class Said:
+    """A condition on what was said of versions: rows of `metadata` or `metric` with this key that satisfy one of the
+    alternatives. No row satisfies two of them, and an index of the table finds the rows of each."""
+
+    table: Table
+    key: str
+    alternatives: tuple[ColumnElement[bool], ...]
+
+    def is_rare(self, connection: Connection) -> bool:
+        """Whether it has up to `FEW` hits."""
+        hits = self._hits().limit(FEW + 1)
+        found: int = connection.execute(select(func.count()).select_from(hits.subquery())).scalar_one()
+        return found <= FEW
+
+    def as_list(self) -> ColumnElement[bool]:
+        return version.c.id.in_(self._hits())
+
+    def asked_each(self) -> ColumnElement[bool]:
+        own = and_(self.table.c.version_id == version.c.id, self.table.c.key == self.key, or_(*self.alternatives))
+        return select(self.table.c.version_id).where(own).correlate(version).exists()
+
+    def _hits(self) -> CompoundSelect[int]:
+        # One SELECT for each: an OR between them would keep SQLite from the index.
+        return union_all(
+            *(select(self.table.c.version_id).where(self.table.c.key == self.key, one) for one in self.alternatives)
+        )
+
+
+@dataclass(frozen=True)
+class Named:
+    """A condition that is decided for a whole name at once, on the table `artifact`."""
+
+    matching: ColumnElement[bool]
+
+
+def condition_sql(connection: Connection, condition: Condition) -> ColumnElement[bool] | Said | Named:
+    """
+    Raises:
+        InvalidQuery: a value of the wrong type for its field, or an operator that it does not have.
+    """
+    _check(condition.value, condition.key)
+    dialect = connection.dialect.name
+    if condition.field == "metric":
+        return _metric(condition)
+    if condition.field == "meta":
+        return _metadata(condition, dialect)
+    kind = FIELDS[condition.field]
+    if kind == "tag":
+        if condition.value == "latest" and condition.op in ("=", "!="):
+            return Named(is_latest() if condition.op == "=" else ~is_latest())
+        if condition.op == "!=":
+            return ~has_tag(tag.c.name == condition.value)
+        return has_tag(_compare_text(tag.c.name, condition, dialect))
+    if kind == "target":
+        return _has_target(condition, dialect)
+    if kind == "base":
+        if condition.op not in ("=", "!="):
+            raise InvalidQuery(f"'{condition}': base is a reference; use = or !=")
+        based = on_base(connection, condition.value)
+        return based if condition.op == "=" else ~based
+    if condition.field == "name":
+        return Named(_name(condition, dialect))
+    column = COLUMNS[condition.field]
+    if kind == "text":
+        return _compare_text(column, condition, dialect)
+    if condition.op == "~":
+        raise InvalidQuery(f"'{condition}': '~' compares text, and {condition.field} is a {kind}")
+    if kind == "boolean":
+        return _compare_boolean(column, condition)
+    if kind == "version":
+        return _compare(column, condition.op, literal(version_order(condition.value, condition), BigInteger))
+    if kind == "time":
+        return _compare_time(column, condition)
+    number = _number(condition)
+    if isinstance(number, float) and math.isnan(number):
+        raise InvalidQuery(f"'{condition}': nothing compares with NaN; only a metric can be it")
+    # With a type of its own: as the column's, PostgreSQL would round 8.5 to 8 and refuse 1e12.
+    return _compare(column, condition.op, literal(number, BigInteger if isinstance(number, int) else Double))
+
+
+def matches(pattern: str, dialect: str) -> Named:
+    """`namespace/name` with `*` and `?`; without a `/` it is matched against both halves."""
+    _check(pattern)
+    namespace, slash, name = pattern.partition("/")
+    if slash:
+        halves = _glob(artifact.c.namespace, namespace, dialect), _glob(artifact.c.name, name, dialect)
+        return Named(and_(*halves))
+    if set(pattern) & set("*?"):
+        return Named(_glob(artifact.c.namespace + "/" + artifact.c.name, pattern, dialect))
+    return Named(or_(artifact.c.namespace == pattern, artifact.c.name == pattern))
+
+
+def has_tag(matching: ColumnElement[bool]) -> ColumnElement[bool]:
+    return version.c.id.in_(select(tag.c.version_id).where(matching))
+
+
+def is_latest() -> ColumnElement[bool]:
+    """The highest number of its name that is not removed."""
+    later = version.alias("later")
+    newest = (
+        select(func.max(later.c.number))
+        .where(later.c.artifact_id == artifact.c.id, later.c.state == "present")
+        .correlate(artifact)
+    )
+    return version.c.number == newest.scalar_subquery()
+
+
+def on_base(connection: Connection, text: str) -> ColumnElement[bool]:
+    """Versions on a base: `ns/name` means any version of it, a pin or tag just one. Without a base it is unknown.
+
+    Raises:
+        InvalidReference, NotFound
+    """
+    reference = parse_reference(text)
+    if text.removeprefix("registry://") != reference.artifact:
+        return version.c.base_id == resolve(connection, reference).id
+    base = version.alias("base")
+    of_name = base.c.artifact_id == name_id(connection, *parse_artifact(reference.artifact))
+    return version.c.base_id.in_(select(base.c.id).where(of_name))
+
+
+def version_order(text: str, condition: Condition | None = None) -> int:
+    """A version number such as `0.18` or `0.18.2.dev0` as one integer that sorts as versions do.
+
+    Raises:
+        InvalidQuery
+    """
+    match = _VERSION.match(text)
+    if match is None:
+        raise InvalidQuery(f"'{condition or text}': {shown(text)!r} is not a version such as 0.18")
+    major, minor, patch = (int(part or 0) for part in match.groups())
+    return (major * 1_000_000 + minor) * 1_000_000 + patch
+
+
+def _check(*texts: str) -> None:
+    try:
+        for text in texts:
+            check_text(text, f"query {shown(text)!r}", MAX_VALUE)
+    except InvalidInput as error:
+        raise InvalidQuery(str(error)) from error
+
+
+def _name(condition: Condition, dialect: str) -> ColumnElement[bool]:
+    if condition.op == "=":  # by the halves, which have an index
+        namespace, _, name = condition.value.partition("/")
+        return and_(artifact.c.namespace == namespace, artifact.c.name == name)
+    return _compare_text(artifact.c.namespace + "/" + artifact.c.name, condition, dialect)
+
+
+def _glob(column: ColumnElement[Any], pattern: str, dialect: str) -> ColumnElement[bool]:
+    """`*` and `?` match; all else is literal; upper and lower case differ."""
+    if not set(pattern) & set("*?"):
+        return column == pattern
+    if dialect == "sqlite":
+        return column.op("GLOB", is_comparison=True, return_type=None)(pattern.replace("[", "[[]"))
+    escaped = re.sub(r"([\\%_])", r"\\\1", pattern).replace("*", "%").replace("?", "_")
+    return column.like(escaped, escape="\\")
+
+
+def _compare(column: ColumnElement[Any], op: Operator, value: ColumnElement[Any] | str) -> ColumnElement[bool]:
+    comparisons = {
+        "=": column == value,
+        "!=": column != value,
+        "<": column < value,
+        "<=": column <= value,
+        ">": column > value,
+        ">=": column >= value,
+    }
+    return comparisons[op]
+
+
+def _compare_text(column: ColumnElement[Any], condition: Condition, dialect: str) -> ColumnElement[bool]:
+    if condition.op != "~":
+        return _compare(column, condition.op, condition.value)
+    pattern = condition.value if set(condition.value) & set("*?") else f"*{condition.value}*"
+    return _glob(column, pattern, dialect)
+
+
+def _compare_boolean(column: ColumnElement[Any], condition: Condition) -> ColumnElement[bool]:
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    value = words.get(condition.value.lower())
+    if value is None or condition.op not in ("=", "!="):
+        raise InvalidQuery(f"'{condition}': {condition.field} is true or false, compared by = and !=")
+    return column == value if condition.op == "=" else column != value
+
+
+def _compare_time(column: ColumnElement[Any], condition: Condition) -> ColumnElement[bool]:
+    moment = parse_moment(condition.value, str(condition))
+    if condition.op in ("=", "!=") and _is_date(condition.value):
+        within = column >= moment
+        if moment.date() < date.max:
+            within = and_(within, column < moment + timedelta(days=1))
+        return within if condition.op == "=" else ~within
+    return _compare(column, condition.op, literal(moment, column.type))
+
+
+def _is_date(text: str) -> bool:
+    try:
+        date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _number(condition: Condition) -> int | float:
+    if _INTEGER.fullmatch(condition.value):
+        return int(condition.value)
+    try:
+        return float(condition.value)
+    except ValueError:
+        field = f"{condition.field}.{condition.key}" if condition.key else condition.field
+        raise InvalidQuery(f"'{condition}': {field} is a number, {shown(condition.value)!r} is not") from None
+
+
+def _has_target(condition: Condition, dialect: str) -> ColumnElement[bool]:
+    if condition.op not in ("=", "!=", "~"):
+        raise InvalidQuery(f"'{condition}': target is one of a version's target modules; use =, != or ~")
+    if condition.op == "!=":
+        having = _configs(lora_target.c.target == condition.value)
+        return and_(version.c.lora_config_id.is_not(None), version.c.lora_config_id.not_in(having))
+    return version.c.lora_config_id.in_(_configs(_compare_text(lora_target.c.target, condition, dialect)))
+
+
+def _configs(matching: ColumnElement[bool]) -> Select[int]:
+    return select(lora_target.c.lora_config_id).where(matching)
+
+
+def _metric(condition: Condition) -> Said:
+    if condition.op == "~":
+        raise InvalidQuery(f"'{condition}': '~' compares text, and a metric is a number")
+    number = float(_number(condition))
+    alternatives: tuple[ColumnElement[bool], ...]
+    nan, plus, minus, finite = (metric.c.kind == kind for kind in ("nan", "inf", "-inf", "finite"))
+    if math.isnan(number):
+        alternatives = {"=": (nan,), "!=": (metric.c.kind != "nan",)}.get(condition.op, (false(),))
+    elif math.isinf(number):
+        same, below, above = (plus, (finite, minus), ()) if number > 0 else (minus, (), (finite, plus))
+        both = {"<": below, "<=": (*below, same), ">": above, ">=": (*above, same)}
+        alternatives = {"=": (same,), "!=": (~same,), **both}[condition.op] or (false(),)
+    else:
+        alternatives = (and_(finite, _compare(metric.c.value, condition.op, literal(number, Double))),)
+        beyond = {"<": minus, "<=": minus, ">": plus, ">=": plus, "!=": ~finite}
+        if condition.op in beyond:
+            alternatives += (beyond[condition.op],)
+    return Said(metric, condition.key, alternatives)
+
+
+def _metadata(condition: Condition, dialect: str) -> Said:
+    """As numbers where both are numbers; else as text, and then `<` and `>` see only text beside text."""
+    given = parse_metadata_text(condition.value)
+    alternatives: tuple[ColumnElement[bool], ...]
+    alternatives = (_compare_text(version_metadata.c.text_value, condition, dialect),)
+    if isinstance(given, MetadataValue) and condition.op != "~":
+        number = version_metadata.c.number_value
+        as_number = _compare(number, condition.op, literal(given.number, Double))
+        if condition.op in ("=", "!="):
+            alternatives = (as_number, and_(number.is_(None), *alternatives))
+        else:
+            alternatives = (as_number,)
+    return Said(version_metadata, condition.key, alternatives)

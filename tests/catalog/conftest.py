@@ -1,0 +1,3 @@
+from tests.catalog.fixtures import catalogs, database, kind, registry, registry_url
+
+__all__ = ["catalogs", "database", "kind", "registry", "registry_url"]
