@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -248,6 +248,13 @@ def sqlite_engine(path: Path) -> Engine:
         else:
             connection.exec_driver_sql("BEGIN")
 
+    @event.listens_for(engine, "invalidate")
+    def _release(driver_connection: Any, *_: object) -> None:
+        # After a Ctrl-C within a query the connection is closed with a cursor open that the traceback keeps alive (in a
+        # notebook for hours), and SQLite would keep the transaction and its locks until then.
+        with suppress(sqlite3.Error):
+            driver_connection.rollback()
+
     return engine
 
 
@@ -343,9 +350,11 @@ def _known_postgresql(error: BaseException | None, lost: bool, what: str) -> Reg
 
 
 def _known_sqlite(error: BaseException | None, lost: bool, what: str) -> RegistryError | None:
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    extended = getattr(error, "sqlite_errorcode", 0)
+    # Before it can read even, SQLite has to make the index of the WAL.
+    code = sqlite3.SQLITE_FULL if extended == sqlite3.SQLITE_IOERR_SHMSIZE else extended & 0xFF
     table: dict[int, tuple[type[RegistryError], str]] = {
-        sqlite3.SQLITE_FULL: (NoSpace, "the disk is full; nothing of this operation is visible"),
+        sqlite3.SQLITE_FULL: (NoSpace, "the disk is full; free space there"),
         sqlite3.SQLITE_READONLY: (ReadOnly, "the registry cannot be written by this user"),
         sqlite3.SQLITE_PERM: (ReadOnly, "the registry cannot be written by this user"),
         sqlite3.SQLITE_BUSY: (StorageError, f"other writers kept it locked for {BUSY_SECONDS:.0f} s; try again"),

@@ -51,7 +51,7 @@ def has_pending(connection: Connection) -> bool:
     return connection.execute(select(event.c.seq).where(~event.c.journaled).limit(1)).first() is not None
 
 
-def pending_events(connection: Connection, limit: int = 1000) -> list[Event]:
+def pending_events(connection: Connection, limit: int) -> list[Event]:
     """Events that are not journaled yet, oldest first within each name."""
     rows = connection.execute(
         _events().where(~event.c.journaled).order_by(event.c.artifact_id, event.c.seq).limit(limit)
@@ -74,11 +74,13 @@ def mark_journaled(connection: Connection, events: Sequence[Event]) -> None:
             )
         }
         for key in batch:
-            connection.execute(
-                update(event)
-                .where(event.c.artifact_id == ids[key], event.c.seq.in_(by_name[key]))
-                .values(journaled=True)
-            )
+            wanted = event.c.artifact_id == ids[key], event.c.seq.in_(by_name[key]), ~event.c.journaled
+            # What another process is marking is left to it: two that lock the same rows in two orders would never end.
+            free = select(event.c.seq).where(*wanted).order_by(event.c.seq).with_for_update(skip_locked=True)
+            seqs = connection.execute(free).scalars().all()
+            if seqs:
+                marked = update(event).where(event.c.artifact_id == ids[key], event.c.seq.in_(seqs))
+                connection.execute(marked.values(journaled=True))
 
 
 def events_of(

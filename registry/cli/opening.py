@@ -3,7 +3,6 @@ says where it looked."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,9 +50,9 @@ def opened(options: Options, *, make_default: bool = False) -> Iterator[Registry
 def not_found(location: Location) -> RegistryNotFound:
     """The error where no registry was named and none was found: all places that were looked at."""
     from registry.core.errors import RegistryNotFound
-    from registry.operations.discover import FOLDER
+    from registry.operations.discover import FOLDER, working_folder
 
     return RegistryNotFound(
-        f"no registry: $REGISTRY_URL is not set, there is no {FOLDER} in {os.getcwd()} or above it, and none in "
+        f"no registry: $REGISTRY_URL is not set, there is no {FOLDER} in {working_folder()} or above it, and none in "
         f"{location.url}; make one with 'registry init', or name one with --registry"
     )

@@ -36,9 +36,12 @@ def init_command(options: Options, path: str | None, store: str | None) -> None:
         from registry.operations import discover
 
     place = path or options.registry
-    location = discover.Location(str(Path.cwd() / discover.FOLDER)) if place is None else discover.locate(place)
+    if place is None:
+        location = discover.Location(str(discover.working_folder() / discover.FOLDER))
+    else:
+        location = discover.locate(place)
     context, made = discover.create(location, store=store)
-    where = str(Path(location.url).absolute()) if location.is_path else context.database.what
+    where = location.url if location.is_path else context.database.what
     context.database.close()
     if options.json:
         emit_json({"registry": where, "id": context.store.registry_id, "created": made})

@@ -56,7 +56,8 @@ def show_command(options: Options, ref: str, tensors: bool) -> None:
 
 
 def _page(details: Details, *, tensors: bool, columns: int | None) -> Iterator[str]:
-    yield paint(details.found.record.reference, BOLD)
+    title = details.found.record.reference
+    yield from (paint(line, BOLD) for line in ([title] if columns is None else fold(title, columns)))
     yield from _pairs(list(_facts(details)), columns)
     found = details.found
     yield from _section("Metadata", ((key, value.text) for key, value in found.metadata.items()), columns)

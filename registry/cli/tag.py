@@ -138,10 +138,14 @@ def _in_words(state: dict[str, Any]) -> str:
     if state["version"] is None:
         return f"{pointer} is deleted (was @{state['previous']})"
     if state["moved"]:
-        was = f" (was @{state['previous']})" if state["previous"] else " (new)"
+        said = f" (was @{state['previous']})" if state["previous"] else " (new)"
     else:
-        was = "" if state["changed"] else " as before"
-    return f"{pointer} -> @{state['version']}{was}{', protected' if state['protected'] else ''}"
+        said = "" if state["changed"] else " as before"
+    if state["protected"]:
+        said += ", protected"
+    elif state["changed"] and not state["moved"]:
+        said += ", no longer protected"
+    return f"{pointer} -> @{state['version']}{said}"
 
 
 def _show_history(options: Options, pointer: str) -> None:

@@ -50,7 +50,7 @@ SORTABLE = frozenset(FIELDS) - {"tag", "target"}
 _OPERATORS = ("!=", "<=", ">=", "=", "<", ">", "~")
 _CONDITION = re.compile(
     r"""\s*(?P<field>[A-Za-z_][A-Za-z0-9_./-]*)\s*(?P<op>!=|<=|>=|==|=|<|>|~)\s*
-        (?:"(?P<double>[^"]*)"|'(?P<single>[^']*)'|(?P<bare>[^\s"']+))\s*""",
+        (?:"(?P<double>[^"]*)"|'(?P<single>[^']*)'|(?P<bare>[^\s"'=<>!~][^\s"']*))\s*""",
     re.VERBOSE,
 )
 _AND = re.compile(r"and\b", re.IGNORECASE)

@@ -28,7 +28,7 @@ STRICTER_THAN_RUST: dict[str, str] = {
     "start": "whitespace before `{`: the format says that the header begins with `{`",
     "tensor twice": "one name twice: Rust keeps the last, another reader the first",
     "metadata key twice": "the same, within `__metadata__`",
-    "unknown field": "a field beside dtype, shape and data_offsets, also twice: Rust drops it, a rebuilt file would too",
+    "unknown field": "a field beside dtype, shape and data_offsets, also twice: Rust drops it, we would lose it",
     "null metadata": "`__metadata__` of null: it must be an object",
     "entry as a list": '`["F32", [1], [0, 4]]` for a tensor: an accident of serde',
     "dtype as an object": '`{"F32": null}` for a dtype: an accident of serde',

@@ -214,6 +214,12 @@ def _saved_vocabulary(model_id: str | None) -> int | None:
 
 
 def _adapter(model: Any, name: str) -> Source:
+    types = sorted({str(one.peft_type.value) for one in model.peft_config.values()})
+    if len(types) > 1:
+        raise InvalidInput(
+            f"the model mixes adapters of the types {', '.join(types)}, layer on layer, and PEFT saves none of them "
+            "alone; push kind='checkpoint'"
+        )
     config = live_config(model, name)
     text = json.dumps(config.document, indent=2, sort_keys=True).encode("utf-8")
     return Source(

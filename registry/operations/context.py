@@ -15,11 +15,13 @@ from sqlalchemy import Connection
 from registry.catalog.engine import Database
 from registry.catalog.journal_rows import has_pending, mark_journaled, pending_events
 from registry.catalog.names import LockedName, lock_name
-from registry.core.errors import ReadOnly
+from registry.core.errors import ReadOnly, StorageError
 from registry.core.event import Event
 from registry.store.interface import Store
 
 T = TypeVar("T")
+
+OUTBOX_BATCH = 1000
 
 
 @dataclass
@@ -57,13 +59,24 @@ class Context:
             raise ReadOnly(f"the registry {self.database.what} cannot be written by this user; ask its owner")
 
     def journal(self, events: Sequence[Event]) -> None:
-        """Writes the journal objects of committed events, then takes them out of the outbox."""
+        """Writes the journal objects of committed events, then takes them out of the outbox.
+
+        Raises:
+            Corrupt: another document stands where one of them belongs.
+            StorageError: the events stay in the outbox, and so the next opening writes them.
+        """
         if not events:
             return
-        for event in events:
-            self.store.journal.append(event.namespace, event.name, event.seq, event.document(self.store.registry_id))
-        with self.database.writing() as connection:
-            mark_journaled(connection, events)
+        try:
+            for event in events:
+                document = event.document(self.store.registry_id)
+                self.store.journal.append(event.namespace, event.name, event.seq, document)
+            with self.database.writing() as connection:
+                mark_journaled(connection, events)
+        except StorageError as error:
+            told = type(error)(f"{error} (what was done stands; opening the registry again completes its journal)")
+            told.errno = error.errno
+            raise told from error
 
     def flush_outbox(self) -> int:
         """Writes what a crash left between a commit and its journal objects.
@@ -74,11 +87,12 @@ class Context:
         flushed = 0
         while True:
             with self.database.reading() as connection:
-                if not has_pending(connection):
-                    return flushed
-                pending = pending_events(connection)
+                pending = pending_events(connection, OUTBOX_BATCH) if has_pending(connection) else []
             self.journal(pending)
             flushed += len(pending)
+            # Not until nothing is pending: beside busy writers that time may never come.
+            if len(pending) < OUTBOX_BATCH:
+                return flushed
 
 
 def now() -> datetime:

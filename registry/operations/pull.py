@@ -119,7 +119,15 @@ def _write(
         _check_target(target, contents.files, single, force)  # again: what took long may have been overtaken
         return _put_in_place(made, target, [file.path for file in contents.files], single)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except KeyboardInterrupt:  # a Ctrl-C in the cleaning up must not keep it from being done
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _check_target(target: Path, files: Iterable[StoredFile], single: bool, force: bool) -> None:

@@ -292,5 +292,14 @@ def remove(path: Path) -> None:
     Raises:
         ReadOnly, StorageError
     """
-    with storage_errors(f"remove {path}"), suppress(FileNotFoundError):
+    with storage_errors(f"remove {path}"):
+        try:
+            _unlink(path)
+        except KeyboardInterrupt:  # a Ctrl-C in the cleaning up must not keep it from being done
+            _unlink(path)
+            raise
+
+
+def _unlink(path: Path) -> None:
+    with suppress(FileNotFoundError):
         os.unlink(path)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -60,7 +61,12 @@ class Catalogs:
         database = open_database(made)
         with database.writing() as connection:
             url = None if kind == "sqlite" else str(folder)
-            row = {next(iter(registry_meta.primary_key)).name: 1, "registry_id": store.registry_id, "store_format": 1, "store_url": url}
+            row = {
+                "one": 1,
+                "registry_id": store.registry_id,
+                "store_format": 1,
+                "store_url": url,
+            }
             connection.execute(insert(registry_meta).values(**row, created_at=datetime.now(UTC)))
         database.close()
         return str(folder) if kind == "sqlite" else made
@@ -81,6 +87,8 @@ class Catalogs:
         return self._server.set(database=name).render_as_string(hide_password=False)
 
     def drop(self) -> None:
+        if not os.environ.get("DATABASE_URL"):
+            return  # the server itself goes
         with self._admin() as admin:
             for name in self._made:
                 admin.execute(f"DROP DATABASE {name} WITH (FORCE)")

@@ -158,7 +158,9 @@ def test_revisions_go_up_down_and_up_again_with_data(empty: Database) -> None:
 
 
 def test_an_older_database_is_refused_until_it_is_upgraded(registry_url: str, later: Path) -> None:
-    with pytest.raises(SchemaOutOfDate, match=r"revision 20\d+_first, expected 20991231_second: run 'registry upgrade'"):
+    with pytest.raises(
+        SchemaOutOfDate, match=r"revision 20\d+_first, expected 20991231_second: run 'registry upgrade'"
+    ):
         Registry.open(registry_url)
     assert upgrade_registry(locate(registry_url)) == ("20261123_first", "20991231_second")
     assert upgrade_registry(locate(registry_url)) == ("20991231_second", "20991231_second")

@@ -124,7 +124,9 @@ def start(*words: str | Path, **keywords: Any) -> subprocess.Popen[bytes]:
     """Starts the command as a process of its own."""
     environment = os.environ | {"PYTHONPATH": str(CHECKOUT)} | keywords.pop("env", {})
     settings: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-    return subprocess.Popen([sys.executable, "-m", "registry", *map(str, words)], env=environment, **settings | keywords)
+    return subprocess.Popen(
+        [sys.executable, "-m", "registry", *map(str, words)], env=environment, **settings | keywords
+    )
 
 
 def finished(process: subprocess.Popen[bytes]) -> Ran:

@@ -33,7 +33,9 @@ def test_every_command_has_help_with_an_example(run: Run, name: str) -> None:
     ran = run(name, "--help", columns=80)
     assert ran.code == 0
     assert ran.err == ""
-    assert re.search(rf"^Examples?:\n  registry {name} ", ran.out + " ", re.MULTILINE) or f"registry {name}\n" in ran.out
+    assert (
+        re.search(rf"^Examples?:\n  registry {name} ", ran.out + " ", re.MULTILINE) or f"registry {name}\n" in ran.out
+    )
     for option in ("--registry", "--json"):
         assert option in ran.out
     assert max(map(len, ran.out.splitlines())) <= 80

@@ -83,7 +83,11 @@ def test_a_diamond_is_drawn_once() -> None:
 
 def test_many_diamonds_do_not_multiply() -> None:
     # 40 diamonds below each other have 2 to the 40 paths.
-    pairs = [pair for top in range(121, 1, -3) for pair in ((top, top - 1), (top, top - 2), (top - 1, top - 3), (top - 2, top - 3))]
+    pairs = [
+        pair
+        for top in range(121, 1, -3)
+        for pair in ((top, top - 1), (top, top - 2), (top - 1, top - 3), (top - 2, top - 3))
+    ]
     lines = lineage_text(lineage(121, pairs)).splitlines()
     assert len(lines) < 2 * len(pairs)
     assert {f"walk/v@{number}" for number in range(1, 122)} <= {word for line in lines for word in line.split()}
@@ -101,7 +105,10 @@ def test_a_chain_of_1000_versions_is_drawn_whole(columns: str | None, monkeypatc
     assert {f"walk/v@{number}" for number in range(1, 1001)} == set(words)
     assert max(map(len, lines)) <= 80
     assert "walk/v@990 came from" in lines
-    assert sum(line.endswith("(continued_from), see below") for line in lines) == sum("came from" in line for line in lines) - 1
+    assert (
+        sum(line.endswith("(continued_from), see below") for line in lines)
+        == sum("came from" in line for line in lines) - 1
+    )
 
 
 def test_a_chain_of_1000_is_a_document_too() -> None:

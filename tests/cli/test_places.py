@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sqlite3
 from pathlib import Path
 
@@ -106,6 +107,15 @@ def test_init_refuses_what_is_no_place_for_a_registry(run: Run, nowhere: Path) -
         ran = run("init", *words)
         assert ran.code == code
         assert named in ran.error
+
+
+@pytest.mark.parametrize("words", [["init"], ["list"], ["upgrade"], ["push", "x", "walk/perturb"]], ids=" ".join)
+def test_a_working_folder_that_was_removed_is_one_line(run: Run, nowhere: Path, words: list[str]) -> None:
+    (nowhere / "gone").mkdir()
+    os.chdir(nowhere / "gone")  # `nowhere` goes back
+    (nowhere / "gone").rmdir()
+    ran = run(*words)
+    assert (ran.code, "cannot find the working folder" in ran.error) == (9, True)
 
 
 def test_upgrade_says_from_where_to_where(run: Run, here: Path) -> None:

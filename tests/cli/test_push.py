@@ -11,7 +11,19 @@ from tests.cli.conftest import Run
 def test_json_of_a_push_is_the_contract(run: Run, here: Path, artifacts: Path) -> None:
     ran = run(
         *("push", artifacts / "wide", "walk/new:best", "--base", "walk/base:v1", "--tag", "prod"),
-        *("--meta", "robot=a2", "--metric", "reward=1e3", "--step", "7", "--kind", "adapter", "-m", "why not", "--json"),
+        *(
+            "--meta",
+            "robot=a2",
+            "--metric",
+            "reward=1e3",
+            "--step",
+            "7",
+            "--kind",
+            "adapter",
+            "-m",
+            "why not",
+            "--json",
+        ),
     )
     assert (ran.code, ran.err) == (0, "")
     assert set(ran.json) == {

@@ -99,7 +99,9 @@ def test_findings_are_on_the_page(run: Run, here: Path, artifacts: Path) -> None
     assert finding.items() >= {"code": "C17", "severity": "error", "expected": "finite values"}.items()
 
 
-@pytest.mark.parametrize("reference", ["walk/perturb", "walk/perturb:latest", "walk/perturb@3", "registry://walk/perturb"])
+@pytest.mark.parametrize(
+    "reference", ["walk/perturb", "walk/perturb:latest", "walk/perturb@3", "registry://walk/perturb"]
+)
 def test_every_way_to_name_a_version_finds_it(run: Run, here: Path, reference: str) -> None:
     assert run("show", reference, "--json").json["version"] == 3
 

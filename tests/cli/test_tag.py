@@ -53,12 +53,16 @@ def test_protect_makes_a_tag_that_is_not_there_at_the_latest_version(run: Run, h
 
 def test_a_protected_tag_stays_until_it_is_unprotected(run: Run, here: Path) -> None:
     run("tag", "walk/perturb", "prod", "--protect")
-    for words in (["walk/perturb@1", "prod"], ["walk/perturb@1", "prod", "--protect"], ["walk/perturb", "prod", "--delete"]):
+    for words in (
+        ["walk/perturb@1", "prod"],
+        ["walk/perturb@1", "prod", "--protect"],
+        ["walk/perturb", "prod", "--delete"],
+    ):
         ran = run("tag", *words)
         assert ran.code == 5
         assert ran.error.endswith("registry tag walk/perturb prod --unprotect")
     assert where(run, "walk/perturb:prod") == 2
-    assert run("tag", "walk/perturb", "prod", "--unprotect").out == "walk/perturb:prod -> @2\n"
+    assert run("tag", "walk/perturb", "prod", "--unprotect").out == "walk/perturb:prod -> @2, no longer protected\n"
     assert run("tag", "walk/perturb@1", "prod").code == 0
 
 
@@ -89,7 +93,11 @@ def test_history_is_a_table_of_every_move(run: Run, here: Path) -> None:
     ran = run("tag", "--history", "walk/perturb:prod", columns=80)
     header, *lines = ran.out.splitlines()
     assert header.split() == ["WHEN", "(UTC)", "EVENT", "FROM", "TO", "BY", "WHY"]
-    assert [line.split()[2:5] for line in lines] == [["moved", "-", "@2"], ["moved", "@2", "@1"], ["protected", "@1", "@1"]]
+    assert [line.split()[2:5] for line in lines] == [
+        ["moved", "-", "@2"],
+        ["moved", "@2", "@1"],
+        ["protected", "@1", "@1"],
+    ]
     assert lines[1].endswith(r"went \x1b[31mback")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -32,10 +33,15 @@ BLOBS = sorted(path.relative_to(COMMITTED) for path in COMMITTED.glob("blobs/sha
 EVENTS = sorted(path.relative_to(COMMITTED) for path in COMMITTED.glob("journal/*/*/*.json"))
 
 
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(COMMITTED, tmp_path_factory.mktemp("template") / "store"))
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> Path:
-    """A copy of the committed store, to be damaged."""
-    return Path(shutil.copytree(COMMITTED, tmp_path / "store"))
+def store(template: Path, tmp_path: Path) -> Path:
+    """The committed store, to be damaged by `write` alone: its files are linked to those of other tests."""
+    return Path(shutil.copytree(template, tmp_path / "store", copy_function=os.link))
 
 
 def write(path: Path, data: bytes) -> None:

@@ -6,15 +6,15 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
 from sqlalchemy import Engine, event
+
+from tests.failures.support import forked
 
 CALLS = ("open", "write", "fsync", "mkdir", "rename", "replace", "link", "unlink", "rmdir")
 TOO_MANY = 600
@@ -52,10 +52,11 @@ class Stages:
                     call(arguments[0], arguments[1][: len(arguments[1]) // 2])
                 if not self._after:
                     self._act()
-            result = call(*arguments, **options)
-            if now and self._after:
-                self._act()
-            return result
+            try:
+                return call(*arguments, **options)
+            finally:
+                if now and self._after:
+                    self._act()
 
         return wrapper
 
@@ -96,6 +97,10 @@ def acting_at(at: int, act: Act, *, after: bool = False, statements: bool = Fals
         event.remove(Engine, "commit", stages.commit)
 
 
+def ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
 def killed_at_every_stage(prepare: Callable[[int], Callable[[], object]]) -> Iterator[tuple[int, bool]]:
     """Forks for each stage a child that does the work and is killed there. Between two statements of a transaction
     nothing on the disk tells where the process was, so statements are no stages here.
@@ -109,26 +114,22 @@ def killed_at_every_stage(prepare: Callable[[int], Callable[[], object]]) -> Ite
     for number in count(1):
         assert number < TOO_MANY, "the work does not come to an end"
         work = prepare(number)
-        if (child := os.fork()) == 0:
-            code = 1
-            try:
-                with acting_at(number, lambda: os.kill(os.getpid(), signal.SIGKILL)):
-                    work()
-                code = 0
-            except BaseException:  # noqa: BLE001  # whatever it is, this is a child, and must end here
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+        def killed(number: int = number, work: Callable[[], object] = work) -> None:
+            with acting_at(number, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+                work()
+
+        code = forked(killed)
         assert code in (0, -signal.SIGKILL), f"child {number} ended with {code}"
         yield number, code != 0
         if code == 0:
             return
 
 
-def interrupted_at_every_stage(prepare: Callable[[int], Callable[[], object]], *, after: bool) -> Iterator[int]:
-    """Does the work again and again in this process, with a Ctrl-C at each stage in turn.
+def interrupted_at_every_stage(
+    prepare: Callable[[int], Callable[[], object]], *, after: bool, statements: bool = False
+) -> Iterator[int]:
+    """Does the work again and again in this process, with a Ctrl-C at each stage in turn; see `acting_at`.
 
     Yields:
         The number of the stage, after the work ended with a KeyboardInterrupt. The last one ended well.
@@ -137,7 +138,7 @@ def interrupted_at_every_stage(prepare: Callable[[int], Callable[[], object]], *
         assert number < TOO_MANY, "the work does not come to an end"
         work = prepare(number)
         try:
-            with acting_at(number, lambda: signal.raise_signal(signal.SIGINT), after=after, statements=True) as stages:
+            with acting_at(number, ctrl_c, after=after, statements=statements) as stages:
                 work()
         except KeyboardInterrupt:
             assert stages.acted is not None

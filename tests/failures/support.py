@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from registry import Registry
+from registry.core.errors import RegistryError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CATALOG = {"catalog.sqlite", "catalog.sqlite-wal", "catalog.sqlite-shm"}
@@ -174,35 +175,54 @@ def open_folder() -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-@contextmanager
-def as_nobody(scratch: Path) -> Iterator[bool]:
-    """Runs the body twice: as it is, and in a child that is nobody; yields which of them it is.
+REFUSED = 7
+"""What a child of `forked` exits with that raised an error which was allowed."""
 
-    The child must end well, and is waited for first. Everything is imported before: nobody may not be able to read
-    the interpreter's own folder.
+
+def forked(work: Callable[[], object], *allowed: type[RegistryError]) -> int:
+    """Does the work in a child of this process, which must have no other threads.
+
+    Returns:
+        0, `REFUSED` for an error that is allowed and is one printable line, 1 for any other (its traceback goes to
+        standard error), or the negative number of the signal that ended it.
     """
-    warm_up(scratch / "warm-up", torch=True)
-    if pid := os.fork():
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, "the child failed"
-        yield False
-        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     code = 1
     try:
-        if os.geteuid() == 0:
-            os.setgroups([])
-            os.setgid(65534)
-            os.setuid(65534)
-        yield True
+        work()
         code = 0
-    except BaseException:
+    except allowed as error:
+        if str(error).isprintable():
+            code = REFUSED
+        else:
+            traceback.print_exc()
+    except BaseException:  # noqa: BLE001  # whatever it is, this is a child, and must end here
         traceback.print_exc()
     finally:
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
+def as_nobody(work: Callable[[], object]) -> None:
+    """Does the work in a child that has given up root, which ignores modes. All that it imports must have been imported
+    (see `warm_up`): nobody may not be able to read the interpreter's own folder."""
+
+    def unprivileged() -> None:
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+        work()
+
+    assert forked(unprivileged) == 0, "the child failed"
+
+
 def warm_up(folder: Path, *, torch: bool = False) -> None:
-    """Imports all that making a registry, pushing and pulling needs, by doing it; with `torch` also what loading needs."""
+    """Imports what making a registry, pushing and pulling needs, by doing it; with `torch` also what loading needs."""
     folder.mkdir()
     with Registry.init(folder / "registry") as registry:
         registry.push(peft_folder(folder / "adapter"), "warm/up", tags=["a"], metadata={"b": 1}, metrics={"c": 2})

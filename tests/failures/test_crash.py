@@ -27,6 +27,7 @@ from tests.failures.support import (
     whole,
 )
 
+
 def push_of(scenario: str, folder: Path) -> Callable[[Registry], str]:
     """A push, and what it gives: the version's digest.
 

@@ -357,13 +357,13 @@ def fuzz(mutated: Callable[[random.Random], bytes], scratch: Path, examples: int
 
 
 def test_what_we_accept_of_changed_json_rust_accepts_as_the_same(tmp_path: Path) -> None:
-    accepted = fuzz(mutated_json, tmp_path / "fuzz.safetensors", examples=6000)
-    assert min(accepted["both"], accepted["rust"], accepted["neither"]) >= 200, "the mutations miss one side"
+    accepted = fuzz(mutated_json, tmp_path / "fuzz.safetensors", examples=5000)
+    assert min(accepted["both"], accepted["rust"], accepted["neither"]) >= 100, "the mutations miss one side"
 
 
 def test_what_we_accept_of_changed_bytes_rust_accepts_as_the_same(tmp_path: Path) -> None:
-    accepted = fuzz(mutated_bytes, tmp_path / "fuzz.safetensors", examples=2000)
-    assert min(accepted["both"], accepted["neither"]) >= 200, "the mutations miss one side"
+    accepted = fuzz(mutated_bytes, tmp_path / "fuzz.safetensors", examples=1500)
+    assert min(accepted["both"], accepted["neither"]) >= 100, "the mutations miss one side"
 
 
 @settings(max_examples=200)
