@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,6 +20,7 @@ from registry.cli.output import (
     width,
 )
 from registry.cli.table import Column, natural_width, table_lines
+from registry.core.query import parse_sort, parse_where
 
 if TYPE_CHECKING:
     from registry.registry import Version
@@ -78,19 +80,31 @@ def list_command(options: Options, /, where: tuple[str, ...], sort: str | None, 
 
         emit_json([version_document(version) for version in versions])
     elif versions:
-        columns = width()
-        rows = [row(version) for version in versions]
-        if columns is not None and natural_width(COLUMNS, rows) > columns:
-            rows = [row(version, short=True) for version in versions]
-        emit_lines(table_lines(COLUMNS, rows, columns))
+        asked = asked_for(where, sort)
+        columns = (*COLUMNS, *(Column(f"{field}.{key}", right=field == "metric", least=8) for field, key in asked))
+        room = width()
+        rows = [row(version, asked) for version in versions]
+        if room is not None and natural_width(columns, rows) > room:
+            rows = [row(version, asked, short=True) for version in versions]
+        emit_lines(table_lines(columns, rows, room))
     else:
         message("no version is like that" if where or any(keywords.values()) else "no versions yet")
 
 
-def row(version: Version, *, short: bool = False) -> list[str]:
+def asked_for(where: Sequence[str], sort: str | None) -> list[tuple[str, str]]:
+    """The metadata and metrics that the question is about, (`meta` or `metric`, key): the answer shows them too."""
+    fields = [(condition.field, condition.key) for condition in parse_where(where)]
+    if sort is not None:
+        key = parse_sort(sort)
+        fields.append((key.field, key.key))
+    return list(dict.fromkeys(pair for pair in fields if pair[1]))
+
+
+def row(version: Version, asked: Sequence[tuple[str, str]] = (), *, short: bool = False) -> list[str]:
     """The cells of one version; `-` for what is not known or does not apply.
 
     Args:
+        asked: metadata and metrics to show, see `asked_for`.
         short: the day alone, and the number of tags after the third.
     """
     tags = version.tags
@@ -106,4 +120,11 @@ def row(version: Version, *, short: bool = False) -> list[str]:
         escaped(version.base or "-"),
         human_size(version.size),
         f"{version.created_at:%Y-%m-%d}" if short else human_time(version.created_at),
+        *(_said(version, field, key) for field, key in asked),
     ]
+
+
+def _said(version: Version, field: str, key: str) -> str:
+    if field == "metric":
+        return human_number(version.metrics.get(key))
+    return escaped(str(version.metadata.get(key, "-")))

@@ -10,7 +10,7 @@ import click
 
 from registry.cli.opening import opened
 from registry.cli.options import Command, Options, common_options
-from registry.cli.output import emit, emit_json, human_number, in_color, width
+from registry.cli.output import drawn, emit, emit_json, human_number, width
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -63,7 +63,7 @@ def _one_way(lineage: Lineage, *, up: bool) -> Iterator[str]:
     for index, tree in enumerate(_trees(lineage.id, following, lineage.names, heading)):
         if index:
             yield ""
-        yield from _drawn(tree)
+        yield from drawn(tree, width() or ALL_COLUMNS)
 
 
 def _following(edges: Iterable[Edge], *, up: bool) -> Mapping[int, list[tuple[int, str]]]:
@@ -105,25 +105,3 @@ def _trees(
         tree = Tree(Text(f"{names[version]} {heading}", style="bold"), guide_style="dim")
         grow(tree, version, 1)
         yield tree
-
-
-def _drawn(tree: Tree) -> Iterator[str]:
-    import io
-    import sys
-
-    from rich.console import Console
-
-    color = in_color(sys.stdout)
-    console = Console(
-        file=io.TextIOWrapper(io.BytesIO(), encoding=getattr(sys.stdout, "encoding", None) or "utf-8"),
-        width=width() or ALL_COLUMNS,
-        force_terminal=color,
-        color_system="standard" if color else None,
-        highlight=False,
-        markup=False,
-        emoji=False,
-    )
-    with console.capture() as captured:
-        console.print(tree)
-    for line in captured.get().splitlines():
-        yield line.rstrip()

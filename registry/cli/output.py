@@ -15,6 +15,8 @@ from registry.core.errors import StorageError
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from rich.console import RenderableType
+
     from registry.core.findings import Finding
 
 BOLD, YELLOW = "1", "33"
@@ -101,6 +103,28 @@ def width() -> int | None:
         with suppress(OSError, ValueError):
             return os.get_terminal_size(sys.stdout.fileno()).columns or None
     return None
+
+
+def drawn(what: RenderableType, width: int) -> Iterator[str]:
+    """A table, tree or text of rich's, line by line, as standard output can show it."""
+    import io
+
+    from rich.console import Console
+
+    color = in_color(sys.stdout)
+    console = Console(
+        file=io.TextIOWrapper(io.BytesIO(), encoding=getattr(sys.stdout, "encoding", None) or "utf-8"),
+        width=width,
+        force_terminal=color,
+        color_system="standard" if color else None,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
+    with console.capture() as captured:
+        console.print(what)
+    for line in captured.get().splitlines():
+        yield line.rstrip()
 
 
 def silence(stream: TextIO | None) -> None:

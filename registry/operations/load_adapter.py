@@ -242,7 +242,9 @@ def _wrap(
     peft_config = make_peft_config(config, what)
     peft_config.base_model_name_or_path = vars(model).get("name_or_path") or None
     training = [(module, module.training) for module in model.modules()]
-    before = ModuleState(model, values=_initialised_in_place(model, config, targets))
+    # PiSSA, OLoRA and the like change the base's weights in place, which ones is PEFT's affair.
+    plain = config.init_lora_weights is None or config.init_lora_weights in PLAIN_INITS
+    before = ModuleState(model, values=() if plain else [one for one in model.parameters() if not one.is_meta])
     try:
         try:
             wrapped: Any = get_peft_model(model, peft_config, adapter_name=adapter_name)
@@ -257,20 +259,6 @@ def _wrap(
     for module, flag in training:
         module.training = flag
     return wrapped  # type: ignore[no-any-return]  # peft is untyped here
-
-
-def _initialised_in_place(model: nn.Module, config: AdapterConfig, targets: tuple[Target, ...]) -> list[torch.Tensor]:
-    """Weights that PEFT may change while it initialises the adapter (PiSSA, OLoRA and the like)."""
-    if config.init_lora_weights is None or config.init_lora_weights in PLAIN_INITS:
-        return []
-    modules = dict(model.named_modules())
-    return [
-        parameter
-        for target in targets
-        if target.module in modules
-        for parameter in modules[target.module].parameters()
-        if not parameter.is_meta
-    ]
 
 
 def module_findings(model: nn.Module, targets: tuple[Target, ...]) -> list[Finding]:

@@ -70,7 +70,7 @@ def test_the_vectors_are_small() -> None:
 
 def test_no_check_out_changes_their_bytes() -> None:
     rules = (VECTORS / ".gitattributes").read_text().splitlines()
-    assert "store/** -text" in rules
+    assert rules == ["*.json -text", "store/** -text"]
 
 
 # ---------------------------------------------------------------- canonical JSON

@@ -1,0 +1,3 @@
+from tests.catalog.fixtures import catalogs
+
+__all__ = ["catalogs"]
