@@ -50,7 +50,8 @@ def _fitted(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, collapse_padding=True, padding=(0, GAP, 0, 0), header_style="bold")
+    gap = GAP if natural_width(columns, rows) <= width else 1
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
     for column in columns:
         table.add_column(
             Text(column.header),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from hashlib import sha256
@@ -28,6 +30,7 @@ from tests.conformance.independent_reader import Report, check_store
 from tests.vectors.make_vectors import HERE
 from tests.vectors.sample_store import START, Clock, Ticking, fill, lora_tensors, safetensors_file
 
+ROOT = HERE.parents[1]
 COMMITTED = HERE / "store"
 BLOBS = sorted(path.relative_to(COMMITTED) for path in COMMITTED.glob("blobs/sha256/*/*"))
 EVENTS = sorted(path.relative_to(COMMITTED) for path in COMMITTED.glob("journal/*/*/*.json"))
@@ -69,6 +72,25 @@ def read(path: Path) -> bytes:
 
 
 # ---------------------------------------------------------------- what is there
+
+
+def test_the_reader_needs_nothing_but_the_standard_library_and_blake3() -> None:
+    program = (
+        "import sys; from pathlib import Path; from tests.conformance.independent_reader import check_store; "
+        "print(check_store(Path(sys.argv[1])).problems, "
+        "sorted({name.partition('.')[0] for name in sys.modules} - sys.stdlib_module_names - set(sys.argv[2:])))"
+    )
+    command = [sys.executable, "-c", program, str(COMMITTED)]
+    bare = subprocess.run(
+        [sys.executable, "-c", "import sys; print(*{name.partition('.')[0] for name in sys.modules})"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # Less what an interpreter of this environment loads by itself (.pth files of editable installs).
+    done = subprocess.run([*command, *bare.stdout.split()], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[] ['blake3', 'tests']\n"
 
 
 def test_the_committed_store_says_what_its_database_said() -> None:

@@ -9,7 +9,7 @@ import os
 import shutil
 import struct
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ def test_a_tensor_that_stands_twice_counts_once() -> None:
 def test_every_tensor_has_one_place_and_every_blob_is_worth_it(
     tensors: list[tuple[str, int]], stored: dict[str, str], base: str
 ) -> None:
-    size_of = {letter: size for letter, size in reversed(tensors)}
+    size_of = dict(reversed(tensors))
     digests = "".join(letter for letter, _ in tensors)
     sizes = [size_of[letter] for letter in digests]
     file_size = sum(sizes) + 100
@@ -418,7 +418,7 @@ class Layers(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(4096, 640)
         self.q = nn.ModuleList(nn.Linear(640, 640) for _ in range(8))
-        self.up = nn.ModuleList(nn.Linear(640, 1280) for _ in range(5))
+        self.up = nn.ModuleList(nn.Linear(640, 1280) for _ in range(3))
         self.down = nn.ModuleList(nn.Linear(1280, 640) for _ in range(2))
         self.norm = nn.ModuleList(nn.LayerNorm(640) for _ in range(15))
 
@@ -439,7 +439,7 @@ def test_twenty_checkpoints_take_one_base_and_twenty_adapters(base_first: bool, 
             save_file(base.state_dict(), tmp_path / "base.safetensors")
             base_bytes = (tmp_path / "base.safetensors").stat().st_size
         assert 40e6 < base_bytes < 42e6
-        model = get_peft_model(base, LoraConfig(r=8, target_modules=["embedding", r"q\.\d"][1:] and r".*\.?q\.\d+"))
+        model = get_peft_model(base, LoraConfig(r=8, target_modules=r"q\.\d"))
         for step in range(20):
             train(model, seed=step)
             pushed = registry.push(
@@ -449,6 +449,7 @@ def test_twenty_checkpoints_take_one_base_and_twenty_adapters(base_first: bool, 
             assert pushed.bytes_total > base_bytes
             adapters += sum(value.nbytes for name, value in model.state_dict().items() if ".lora_" in name)
     total = folder_bytes(root)
+    print("XX", base_first, total, base_bytes, adapters, total/(base_bytes+adapters), {p.name: p.stat().st_size for p in root.iterdir() if p.is_file()}, sum(blob_bytes(root).values()), folder_bytes(root/"journal"))
     assert total <= 1.01 * (base_bytes + adapters), f"{total} of {base_bytes} and {adapters}"
     with Registry.open(root) as registry:
         loaded = registry.load("walk/run")
@@ -505,7 +506,3 @@ def test_forked_workers_use_the_registry_that_their_parent_opened(registry: Regi
     assert [child.exitcode for child in children] == [0, 0, 0]
     assert sorted(version.version for version in registry.find(pattern="walk/together")) == list(range(1, 16))
     assert registry.load("walk/worker2")["own"][0] == 22.0
-
-
-def chunks_of(path: Path) -> Iterator[bytes]:
-    yield path.read_bytes()
