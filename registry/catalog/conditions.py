@@ -18,6 +18,7 @@ from sqlalchemy import (
     Select,
     Table,
     and_,
+    exists,
     false,
     func,
     literal,
@@ -105,12 +106,24 @@ class Named:
     matching: ColumnElement[bool]
 
 
+def check_texts(*texts: str) -> None:
+    """
+    Raises:
+        InvalidQuery: one that no row can hold, or too long to look for.
+    """
+    try:
+        for text in texts:
+            check_text(text, f"query '{shown(text)}'", MAX_VALUE)
+    except InvalidInput as error:
+        raise InvalidQuery(str(error)) from error
+
+
 def condition_sql(connection: Connection, condition: Condition) -> ColumnElement[bool] | Said | Named:
     """
     Raises:
         InvalidQuery: a value of the wrong type for its field, or an operator that it does not have.
     """
-    _check(condition.value, condition.key)
+    check_texts(condition.value, condition.key)
     dialect = connection.dialect.name
     if condition.field == "metric":
         return _metric(condition)
@@ -152,7 +165,7 @@ def condition_sql(connection: Connection, condition: Condition) -> ColumnElement
 
 def matches(pattern: str, dialect: str) -> Named:
     """`namespace/name` with `*` and `?`; without a `/` it is matched against both halves."""
-    _check(pattern)
+    check_texts(pattern)
     namespace, slash, name = pattern.partition("/")
     if slash:
         halves = _glob(artifact.c.namespace, namespace, dialect), _glob(artifact.c.name, name, dialect)
@@ -199,17 +212,9 @@ def version_order(text: str, condition: Condition | None = None) -> int:
     """
     match = _VERSION.match(text)
     if match is None:
-        raise InvalidQuery(f"'{condition or text}': {shown(text)!r} is not a version such as 0.18")
+        raise InvalidQuery(f"'{condition or text}': '{shown(text)}' is not a version such as 0.18")
     major, minor, patch = (int(part or 0) for part in match.groups())
     return (major * 1_000_000 + minor) * 1_000_000 + patch
-
-
-def _check(*texts: str) -> None:
-    try:
-        for text in texts:
-            check_text(text, f"query {shown(text)!r}", MAX_VALUE)
-    except InvalidInput as error:
-        raise InvalidQuery(str(error)) from error
 
 
 def _name(condition: Condition, dialect: str) -> ColumnElement[bool]:
@@ -281,15 +286,16 @@ def _number(condition: Condition) -> int | float:
         return float(condition.value)
     except ValueError:
         field = f"{condition.field}.{condition.key}" if condition.key else condition.field
-        raise InvalidQuery(f"'{condition}': {field} is a number, {shown(condition.value)!r} is not") from None
+        raise InvalidQuery(f"'{condition}': {field} is a number, '{shown(condition.value)}' is not") from None
 
 
 def _has_target(condition: Condition, dialect: str) -> ColumnElement[bool]:
     if condition.op not in ("=", "!=", "~"):
         raise InvalidQuery(f"'{condition}': target is one of a version's target modules; use =, != or ~")
     if condition.op == "!=":
-        having = _configs(lora_target.c.target == condition.value)
-        return and_(version.c.lora_config_id.is_not(None), version.c.lora_config_id.not_in(having))
+        of_config = lora_target.c.lora_config_id == version.c.lora_config_id
+        others = exists().where(of_config).correlate(version)  # an adapter without a configuration has no targets
+        return and_(others, ~exists().where(of_config, lora_target.c.target == condition.value).correlate(version))
     return version.c.lora_config_id.in_(_configs(_compare_text(lora_target.c.target, condition, dialect)))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ from registry.core.errors import (
 
 BUSY_SECONDS = 120.0
 """How long a SQLite writer waits for the others; each transaction takes milliseconds."""
+
+BUSY_TURN_MILLISECONDS = 200
 
 CONNECT_SECONDS = 10
 """How long a server may take to answer, where the URL does not say (`?connect_timeout=`)."""
@@ -244,7 +247,7 @@ def sqlite_engine(path: Path) -> Engine:
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
         if connection.get_execution_options().get("registry_writes"):
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            _begin_writing(connection)
         else:
             connection.exec_driver_sql("BEGIN")
 
@@ -256,6 +259,22 @@ def sqlite_engine(path: Path) -> Engine:
             driver_connection.rollback()
 
     return engine
+
+
+def _begin_writing(connection: Connection) -> None:
+    """Waits for the other writers in short turns: within SQLite's own wait Python hears no Ctrl-C."""
+    driver: Any = connection.connection.driver_connection
+    deadline = time.monotonic() + BUSY_SECONDS
+    driver.execute(f"PRAGMA busy_timeout = {BUSY_TURN_MILLISECONDS}")
+    try:
+        while not driver.in_transaction:
+            try:
+                driver.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+    finally:
+        driver.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000:.0f}")
 
 
 def sqlite_writable(path: Path) -> bool:

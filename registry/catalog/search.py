@@ -9,7 +9,17 @@ from typing import Any
 
 from sqlalchemy import Column, ColumnElement, Connection, Select, and_, select
 
-from registry.catalog.conditions import COLUMNS, Named, Said, condition_sql, has_tag, is_latest, matches, on_base
+from registry.catalog.conditions import (
+    COLUMNS,
+    Named,
+    Said,
+    check_texts,
+    condition_sql,
+    has_tag,
+    is_latest,
+    matches,
+    on_base,
+)
 from registry.catalog.tables import artifact, layout, lora_config, metric, tag, version, version_metadata
 from registry.core.query import Condition, SortKey
 from registry.core.reference import LATEST
@@ -45,6 +55,8 @@ def find_ids(connection: Connection, search: Search) -> list[int]:
         InvalidQuery: a value of the wrong type for its field.
         InvalidReference, NotFound: of a base.
     """
+    if search.sort is not None:
+        check_texts(search.sort.key)
     if search.sort is not None and search.sort.field == "metric":
         return _by_metric(connection, search, search.sort)
     return _ids(connection, search, _statement(connection, search))

@@ -344,8 +344,9 @@ event = Table(
         "ix_event_outbox",
         "artifact_id",
         "seq",
-        sqlite_where=text("journaled = 0"),  # as SQLAlchemy writes it: SQLite compares the words
-        postgresql_where=text("NOT journaled"),
+        # As SQLAlchemy writes it: SQLite compares the words. The revision makes the index partial on PostgreSQL too; to
+        # say so here would import that dialect in every process, a sixth of the time of `registry list`.
+        sqlite_where=text("journaled = 0"),
     ),
 )
 

@@ -69,7 +69,7 @@ def check_key(key: object, what: str) -> str:
     """
     if not isinstance(key, str) or len(key) > 128 or not _KEY.fullmatch(key):
         raise InvalidInput(
-            f"{what} key {shown(str(key))!r} must be 1 to 128 letters, digits, '_', '.', '/' and '-', "
+            f"{what} key '{shown(str(key))}' must be 1 to 128 letters, digits, '_', '.', '/' and '-', "
             "beginning and ending with a letter, digit or '_'"
         )
     return key
@@ -175,7 +175,7 @@ def parse_metric_text(text: str, key: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise InvalidInput(f"metric {key}: expected a number, found {shown(text)!r}") from None
+        raise InvalidInput(f"metric {key}: expected a number, found '{shown(text)}'") from None
 
 
 def _float(value: object, what: str) -> float:

@@ -92,7 +92,7 @@ def parse_where(texts: Iterable[str]) -> tuple[Condition, ...]:
             match = _CONDITION.match(text, position)
             if match is None:
                 raise InvalidQuery(
-                    f"cannot read {shown(text[position:].strip())!r} in {shown(text)!r}: expected "
+                    f"cannot read '{shown(text[position:].strip())}' in '{shown(text)}': expected "
                     f"'field op value' with an operator of {' '.join(_OPERATORS)}, for instance 'r >= 8'"
                 )
             field, key = _field(match["field"])
@@ -105,7 +105,7 @@ def parse_where(texts: Iterable[str]) -> tuple[Condition, ...]:
             joint = _AND.match(text, position)
             if joint is None:
                 raise InvalidQuery(
-                    f"expected 'and' before {shown(text[position:])!r} in {shown(text)!r} "
+                    f"expected 'and' before '{shown(text[position:])}' in '{shown(text)}' "
                     "(a value with spaces goes in quotes; 'or' is not part of the language)"
                 )
             position = joint.end()
@@ -137,4 +137,4 @@ def _field(text: str) -> tuple[str, str]:
         return text, ""
     near = difflib.get_close_matches(text, [*FIELDS, "meta.KEY", "metric.KEY"], n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]}?" if near else "."
-    raise InvalidQuery(f"unknown field {shown(text)!r}{hint} Known: {', '.join(FIELDS)}, meta.KEY, metric.KEY")
+    raise InvalidQuery(f"unknown field '{shown(text)}'{hint} Known: {', '.join(FIELDS)}, meta.KEY, metric.KEY")

@@ -69,7 +69,7 @@ def parse_reference(text: str) -> Reference:
     if not isinstance(text, str):
         raise InvalidReference(f"a reference is text such as 'walk/perturb:prod', not {type(text).__name__}")
     if len(text) > 4 * MAX_PART:
-        raise InvalidReference(f"reference {shown(text)!r} has {len(text)} characters; {4 * MAX_PART} is the most")
+        raise InvalidReference(f"reference '{shown(text)}' has {len(text)} characters; {4 * MAX_PART} is the most")
     rest = text.removeprefix(URL_SCHEME)
     moment: datetime | None = None
     if match := _MOMENT.fullmatch(rest):
@@ -112,7 +112,7 @@ def parse_artifact(text: str, *, what: str | None = None) -> tuple[str, str]:
         if not _PART.fullmatch(part) or ".." in part:
             _refuse(
                 what,
-                f"the {role} {shown(part)!r} must be of a-z, 0-9, '.', '_' and '-', begin and end with "
+                f"the {role} '{shown(part)}' must be of a-z, 0-9, '.', '_' and '-', begin and end with "
                 "a letter or digit, and have no '..'",
             )
     return parts[0], parts[1]
@@ -128,7 +128,7 @@ def check_tag(tag: str, *, what: str | None = None) -> str:
     if len(tag) > MAX_PART:
         _refuse(what, f"the tag has {len(tag)} characters; {MAX_PART} is the most")
     if not _TAG.fullmatch(tag) or ".." in tag:
-        _refuse(what, f"the tag {shown(tag)!r} must be of letters, digits, '.', '_' and '-'")
+        _refuse(what, f"the tag '{shown(tag)}' must be of letters, digits, '.', '_' and '-'")
     if tag.isdigit():
         _refuse(what, f"the tag {tag!r} is digits only; write @{tag} for version {tag}")
     return tag
@@ -156,7 +156,7 @@ def parse_push_target(text: str) -> tuple[str, str, str | None]:
     """
     reference = parse_reference(text)
     if reference.number is not None or reference.digest is not None or reference.moment is not None:
-        raise InvalidReference(f"cannot push to {shown(text)!r}: a push makes a new version; give namespace/name[:tag]")
+        raise InvalidReference(f"cannot push to '{shown(text)}': a push makes a new version; give namespace/name[:tag]")
     if text.removeprefix(URL_SCHEME).endswith(f":{LATEST}"):
         check_new_tag(LATEST)
     return reference.namespace, reference.name, reference.tag
@@ -172,8 +172,8 @@ def parse_moment(text: str, what: str) -> datetime:
         moment = datetime.fromisoformat(text)
         return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
     except (ValueError, OverflowError):  # an offset can lead out of the years 1 to 9999
-        _refuse(what, f"{shown(text)!r} is not a date or time such as 2026-11-01 or 2026-11-01T12:30Z")
+        _refuse(what, f"'{shown(text)}' is not a date or time such as 2026-11-01 or 2026-11-01T12:30Z")
 
 
 def _refuse(what: str, why: str) -> NoReturn:
-    raise InvalidReference(f"invalid reference {shown(what)!r}: {why}")
+    raise InvalidReference(f"invalid reference '{shown(what)}': {why}")

@@ -19,7 +19,8 @@ from registry.formats.source import PlainFile, Source, TensorFileOnDisk, open_re
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_TENSORS = "adapter_model.safetensors"
 ADAPTER_PICKLE = "adapter_model.bin"
-TRAINING_ROLES = ("optimizer", "scheduler")
+EMBEDDINGS = ("embed_tokens", "lm_head")
+"""What PEFT saves beside an adapter without being asked (its `EMBEDDING_LAYER_NAMES`)."""
 
 
 def read_path(path: Path) -> Source:
@@ -119,14 +120,20 @@ def _tensor_file(path: Path, name: str, role: str, file: BinaryIO) -> TensorFile
 def kind_of(layout: Layout, config: AdapterConfig | None) -> str:
     """Adapter where there are adapter tensors without a base, checkpoint where there are both, else base.
 
-    Full copies of modules (`modules_to_save`) cannot be told from a base by their names alone: a
-    config, or adapter tensors that outnumber nothing else, decide for an adapter.
+    Full copies of modules (`modules_to_save`) cannot be told from a base by their names alone: a config decides for
+    an adapter, or the prefix that PEFT gives a file, where none of the weights that adapters wrap is there.
     """
-    adapter = [is_adapter_tensor(spec.name) for spec in layout]
-    if config is not None or (adapter and all(adapter)):
+    plain = [spec.name for spec in layout if not is_adapter_tensor(spec.name)]
+    if config is not None or (len(layout) and not plain):
         return "adapter"
-    if not any(adapter):
+    if len(plain) == len(layout):
         return "base"
-    wrapped = any(".base_layer." in spec.name for spec in layout)
     prefixed = all(spec.name.startswith("base_model.model.") for spec in layout)
-    return "adapter" if prefixed and not wrapped else "checkpoint"
+    return "adapter" if prefixed and not any(map(_is_wrapped_weight, plain)) else "checkpoint"
+
+
+def _is_wrapped_weight(name: str) -> bool:
+    """Whether it is the weight under an adapter. PEFT saves some of their tensors with the adapter: trained biases,
+    and unasked whole embeddings."""
+    path, wrapped, part = name.partition(".base_layer.")
+    return bool(wrapped) and part != "bias" and path.rpartition(".")[2] not in EMBEDDINGS

@@ -88,7 +88,7 @@ def _given(text: str) -> Location:
     try:
         path = path.expanduser()
     except RuntimeError as error:  # ~nobody-of-that-name
-        raise InvalidInput(f"{shown(text)!r}: {error}") from error
+        raise InvalidInput(f"'{shown(text)}': {error}") from error
     # Absolute from here on: the process may change its working folder while the registry is open.
     return Location(str(path if path.is_absolute() else working_folder() / path))
 

@@ -72,7 +72,7 @@ def search(
 ) -> list[Found]:
     """Versions that satisfy all of this; see `Registry.find`."""
     if kind is not None and kind not in KINDS:
-        raise InvalidInput(f"kind {shown(kind)!r}; expected one of {', '.join(KINDS)}")
+        raise InvalidInput(f"kind '{shown(kind)}'; expected one of {', '.join(KINDS)}")
     if limit is not None and limit < 0:
         raise InvalidInput(f"limit {limit}; expected 0 or more")
     if tag is not None:

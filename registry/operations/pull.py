@@ -57,9 +57,9 @@ def pull(
 ) -> PullResult:
     """Pulls a version; see `Registry.pull`."""
     if "\0" in str(destination):
-        raise InvalidInput(f"destination {shown(str(destination))!r}: a path has no NUL in it")
+        raise InvalidInput(f"destination '{shown(str(destination))}': a path has no NUL in it")
     if format not in FORMATS:
-        raise InvalidInput(f"format {shown(str(format))!r}; expected one of {', '.join(FORMATS)}")
+        raise InvalidInput(f"format '{shown(str(format))}'; expected one of {', '.join(FORMATS)}")
     with context.reading() as connection:
         key = resolve(connection, parse_reference(reference))
         record = records(connection, [key.id])[0]

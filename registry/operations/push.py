@@ -109,13 +109,13 @@ def check_request(
     """
     namespace, name, tag = parse_push_target(target)
     if isinstance(tags, str):
-        raise InvalidInput(f"tags must be a list of texts, found the text {shown(tags)!r}")
+        raise InvalidInput(f"tags must be a list of texts, found the text '{shown(tags)}'")
     wanted = dict.fromkeys(check_new_tag(one) for one in (*((tag,) if tag else ()), *tags))
     if kind is not None and kind not in KINDS:
-        raise InvalidInput(f"kind {shown(str(kind))!r}; expected one of {', '.join(KINDS)}")
+        raise InvalidInput(f"kind '{shown(str(kind))}'; expected one of {', '.join(KINDS)}")
     for relation, reference, weight in parents:
         if relation not in RELATIONS:
-            raise InvalidInput(f"relation {shown(str(relation))!r}; expected one of {', '.join(RELATIONS)}")
+            raise InvalidInput(f"relation '{shown(str(relation))}'; expected one of {', '.join(RELATIONS)}")
         parse_reference(reference)
         if weight is not None and relation != "merged_from":
             raise InvalidInput(f"{relation} {reference}: only merged_from takes a weight, found {shown(repr(weight))}")

@@ -52,7 +52,8 @@ class BlobReader:
                 with storage_errors(f"read blob {digest}", writing=False):
                     header, _ = read_header(file, file_size=self._blobs.size(digest), what=f"blob {digest}")
             except MalformedTensors as error:
-                raise Corrupt(f"{error}; `registry fsck` says what needs this blob") from error
+                found = str(error).partition(";")[0]  # its mend is for a file that somebody has elsewhere
+                raise Corrupt(f"{found}; the blob is damaged: `registry fsck` lists what needs it") from error
             self._open[digest] = OpenBlob(digest, file, header)
         return self._open[digest]
 

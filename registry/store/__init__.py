@@ -70,7 +70,7 @@ def _file_url_path(url: str, scheme: str) -> str:
         raise InvalidInput(f"no store can be opened at {scheme}://; give a path or a file:// URL")
     host, slash, path = url.partition("://")[2].partition("/")
     if host not in ("", "localhost") or not slash:
-        raise InvalidInput(f"{shown(url)!r}: a file:// URL names no host; for an absolute path write file:///path")
+        raise InvalidInput(f"'{shown(url)}': a file:// URL names no host; for an absolute path write file:///path")
     if "?" in path or "#" in path:
-        raise InvalidInput(f"{shown(url)!r}: write '?' and '#' in a file:// URL as %3F and %23")
+        raise InvalidInput(f"'{shown(url)}': write '?' and '#' in a file:// URL as %3F and %23")
     return os.fsdecode(unquote_to_bytes(slash + path))

@@ -61,7 +61,7 @@ class LocalStore:
             NoSpace, ReadOnly, StorageError
         """
         if not _REGISTRY_ID.fullmatch(registry_id):
-            raise InvalidInput(f"registry id {shown(registry_id)!r}: expected 32 lower-case hex digits (uuid4().hex)")
+            raise InvalidInput(f"registry id '{shown(registry_id)}': expected 32 lower-case hex digits (uuid4().hex)")
         root = root.absolute()
         changed: set[Path] = set()
         for folder in (root / "blobs" / "sha256", root / "journal", root / "tmp"):

@@ -236,5 +236,5 @@ def blob_path(folder: Path, digest: str) -> Path:
         InvalidReference: the digest is not 64 lower-case hex digits.
     """
     if not is_digest(digest):
-        raise InvalidReference(f"blob digest {shown(str(digest), 80)!r}: expected 64 lower-case hex digits")
+        raise InvalidReference(f"blob digest '{shown(str(digest), 80)}': expected 64 lower-case hex digits")
     return folder / digest[:2] / digest

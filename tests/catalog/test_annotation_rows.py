@@ -9,8 +9,8 @@ import pytest
 
 from registry import Registry
 from registry.core.annotations import MetadataValue
-from registry.core.event import Event
 from registry.core.errors import InvalidInput, VersionNotFound
+from registry.core.event import Event
 from tests.catalog.artifacts import tensor_file
 
 NAME = "team/walk"

@@ -181,7 +181,7 @@ def test_a_deleted_tag_keeps_its_history_and_comes_back_unprotected(
     with pytest.raises(TagNotFound):
         registry.delete_tag(NAME, "prod")
     registry.tag(NAME, "prod")
-    moved, deleted, again = registry.tag_history(NAME, "prod")
+    _, deleted, again = registry.tag_history(NAME, "prod")
     assert deleted.kind == "tag_deleted"
     assert (deleted.version, deleted.payload) == (1, {"from": 1, "why": "withdrawn"})
     assert again.payload["from"] is None

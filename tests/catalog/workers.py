@@ -5,12 +5,10 @@ from __future__ import annotations
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
-from registry import Registry
-
-# Loaded in the fork server, not eight times after it.
-import registry.catalog.insertion
+import registry.catalog.insertion  # these are loaded in the fork server, not eight times after it
 import registry.formats.paths
 import registry.operations.push  # noqa: F401
+from registry import Registry
 
 _start: Barrier | None = None
 

@@ -13,11 +13,11 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from registry import Registry
 from registry.core.errors import RegistryError
@@ -186,10 +186,28 @@ def forked(work: Callable[[], object], *allowed: type[RegistryError]) -> int:
         0, `REFUSED` for an error that is allowed and is one printable line, 1 for any other (its traceback goes to
         standard error), or the negative number of the signal that ended it.
     """
+    return at_once([work], *allowed)[0]
+
+
+def at_once(works: Sequence[Callable[[], object]], *allowed: type[RegistryError]) -> list[int]:
+    """As `forked`, each work in a child of its own; they begin when the last child is there."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if child := os.fork():
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    go, start = os.pipe()
+    children = []
+    for work in works:
+        if child := os.fork():
+            children.append(child)
+            continue
+        os.close(start)
+        os.read(go, 1)
+        _work_and_exit(work, allowed)
+    os.close(start)
+    os.close(go)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def _work_and_exit(work: Callable[[], object], allowed: tuple[type[RegistryError], ...]) -> NoReturn:
     code = 1
     try:
         work()

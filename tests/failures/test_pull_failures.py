@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,7 @@ FILES = ["adapter_config.json", "adapter_model.safetensors"]
 
 @pytest.fixture
 def filled(registry: Registry, tmp_path: Path) -> Registry:
-    """With `walk/base@1` (a file), `walk/new@1` (a folder) and `walk/parts@1` (a file of which half lies in the base)."""
+    """With `walk/base@1` (a file), `walk/new@1` (a folder), and `walk/parts@1` (a file that lies half in the base)."""
     registry.push(peft_folder(tmp_path / "adapter"), "walk/new", base="walk/base")
     registry.push(checkpoint(tmp_path / "model.safetensors"), "walk/parts", base="walk/base")
     return registry
@@ -65,7 +65,7 @@ def place(tmp_path: Path) -> Path:
 
 def checkpoint(path: Path) -> Path:
     base = {name.replace(".weight", ".base_layer.weight"): tensor for name, tensor in model_tensors().items()}
-    return tensor_file(path, {**base, **adapter_tensors()})
+    return tensor_file(path, {**base, **adapter_tensors(seed=50)})
 
 
 def tree(folder: Path) -> dict[str, object]:
@@ -321,7 +321,7 @@ class TestADamagedStore:
         path.chmod(0o644)
         path.write_bytes(change(path.read_bytes()))
 
-    DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    DAMAGES: Mapping[str, Callable[[bytes], bytes]] = {
         "a bit in the data": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
         "a bit in the header": lambda data: data[:20] + bytes([data[20] ^ 1]) + data[21:],
         "cut": lambda data: data[:-1],
@@ -344,12 +344,13 @@ class TestADamagedStore:
         with refused(filled, place, Corrupt):
             filled.pull(reference, place / "out")
 
-    @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+    # A load takes the names from the catalog, so that one may be wrong in the blob.
+    @pytest.mark.parametrize("damage", sorted(DAMAGES.keys() - {"a bit in the header"}))
     @pytest.mark.parametrize(("reference", "role"), [("walk/new", "tensors"), ("walk/parts", "reused")])
     def test_of_one_blob_is_found_at_the_load(
-        self, filled: Registry, place: Path, reference: str, role: str, damage: Callable[[bytes], bytes]
+        self, filled: Registry, place: Path, reference: str, role: str, damage: str
     ) -> None:
-        self.change(self.blobs(filled, reference)[role], damage)
+        self.change(self.blobs(filled, reference)[role], self.DAMAGES[damage])
         with refused(filled, place, Corrupt):
             filled.load(reference)
 

@@ -428,33 +428,31 @@ def folder_bytes(root: Path) -> int:
 
 
 @pytest.mark.parametrize("base_first", [True, False])
-def test_twenty_checkpoints_take_one_base_and_twenty_adapters(base_first: bool, root: Path, tmp_path: Path) -> None:
+def test_twenty_checkpoints_take_one_base_and_twenty_adapters(base_first: bool, root: Path) -> None:
+    """The law for a base a tenth of the size; benchmarks/checkpoint_bytes.py measures it at 400 MB."""
     torch.manual_seed(0)
     base = Layers()
+    base_bytes = sum(value.nbytes for value in base.state_dict().values())
+    empty = folder_bytes(root)
     adapters = 0
     with Registry.open(root) as registry:
         if base_first:
-            base_bytes = registry.push(base, "walk/base").bytes_total
-        else:
-            save_file(base.state_dict(), tmp_path / "base.safetensors")
-            base_bytes = (tmp_path / "base.safetensors").stat().st_size
-        assert 40e6 < base_bytes < 42e6
-        model = get_peft_model(base, LoraConfig(r=8, target_modules=r"q\.\d"))
+            registry.push(base, "walk/base")
+        model = get_peft_model(base, LoraConfig(r=32, target_modules=r"q\.\d"))
         for step in range(20):
             train(model, seed=step)
-            pushed = registry.push(
+            registry.push(
                 model, "walk/run", kind="checkpoint", base="walk/base" if base_first else None, metadata={"step": step}
             )
-            assert pushed.created
-            assert pushed.bytes_total > base_bytes
             adapters += sum(value.nbytes for name, value in model.state_dict().items() if ".lora_" in name)
-    total = folder_bytes(root)
-    print("XX", base_first, total, base_bytes, adapters, total/(base_bytes+adapters), {p.name: p.stat().st_size for p in root.iterdir() if p.is_file()}, sum(blob_bytes(root).values()), folder_bytes(root/"journal"))
-    assert total <= 1.01 * (base_bytes + adapters), f"{total} of {base_bytes} and {adapters}"
-    with Registry.open(root) as registry:
+        assert registry.get("walk/run").version == 20
         loaded = registry.load("walk/run")
         assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
-        assert registry.get("walk/run").version == 20
+    assert 40e6 < base_bytes < 42e6
+    total = folder_bytes(root)
+    assert total <= 1.01 * (base_bytes + adapters)
+    # Of the rest, 0.3 MB is what an empty registry takes. A checkpoint adds about 200 bytes for each of its 72 tensors.
+    assert (total - base_bytes - adapters - empty) / 20 < 20_000
 
 
 # ---------------------------------------------------------------- threads and forks

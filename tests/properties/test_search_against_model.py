@@ -77,7 +77,7 @@ class Version:
     columns: dict[str, Any]
     base: int | None
     tags: set[str] = field(default_factory=set)
-    targets: set[str] | None = None
+    targets: set[str] = field(default_factory=set)
     meta: dict[str, tuple[str, float | None]] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -183,7 +183,7 @@ def store_version(connection: Any, version: Version) -> None:
         connection.execute(insert(tables.layout).values(**layout))
     if adapter:
         connection.execute(insert(tables.lora_config).values(id=version.id, digest=digest, **adapter))
-        for target in version.targets or ():
+        for target in version.targets:
             connection.execute(insert(tables.lora_target).values(lora_config_id=version.id, target=target))
     connection.execute(
         insert(tables.version).values(
@@ -269,8 +269,8 @@ def satisfies(version: Version, name: str, op: str, value: str) -> bool:
         return any(compare_text(tag, op, value) for tag in version.tags)
     if name == "target":
         if op == "!=":
-            return version.targets is not None and value not in version.targets
-        return any(compare_text(target, op, value) for target in version.targets or ())
+            return bool(version.targets) and value not in version.targets
+        return any(compare_text(target, op, value) for target in version.targets)
     if name == "base":
         return version.base is not None and (version.base in base_ids(value)) == (op == "=")
     there = version.columns.get(name)
