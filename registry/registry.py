@@ -290,7 +290,7 @@ class Registry:
                 or an existing folder for one of a single file.
             format: `native` gives the very files that were pushed; `peft` a folder that
                 `PeftModel.from_pretrained` takes, with the PEFT version that a live push captured.
-            force: replace files that are there. Into a folder that is not empty, file by file.
+            force: replace files that are there. Into a folder that is there already, file by file.
 
         Raises:
             DestinationExists, InvalidInput: nothing is written.

@@ -221,6 +221,28 @@ def find_tensors(connection: Connection, digests: Iterable[str]) -> dict[str, St
     return found
 
 
+def find_together(connection: Connection, digests: Sequence[str]) -> list[dict[str, StoredTensor]]:
+    """The same blob by blob, and of each that the index names for one of them all that it holds: the index knows one
+    holder a tensor, which may be a stranger, while the others lie together elsewhere."""
+    named = {one.blob for one in find_tensors(connection, digests).values()}
+    wanted = set(digests)
+    together = []
+    for batch in batches(sorted(named)):
+        rows = connection.execute(
+            select(blob.c.digest, blob_tensors.c.digests)
+            .join(blob_tensors, blob_tensors.c.blob_id == blob.c.id)
+            .where(blob.c.digest.in_(batch))
+            .order_by(blob.c.digest)
+        )
+        for row in rows:
+            held: dict[str, StoredTensor] = {}
+            for ordinal, digest in enumerate(unpack_digests(bytes(row.digests))):
+                if digest in wanted:
+                    held.setdefault(digest, StoredTensor(row.digest, ordinal))
+            together.append(held)
+    return together
+
+
 def tensors_of_version(connection: Connection, version_id: int) -> dict[str, StoredTensor]:
     """Every tensor of a version by digest, with where it lies."""
     positions = {

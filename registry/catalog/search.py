@@ -4,13 +4,15 @@ statements that are fast without statistics (`benchmarks/catalog_queries.py` mea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Column, ColumnElement, Connection, Select, and_, select
 
+from registry.catalog import conditions
 from registry.catalog.conditions import (
     COLUMNS,
+    SHARED,
     Named,
     Said,
     check_texts,
@@ -20,7 +22,7 @@ from registry.catalog.conditions import (
     matches,
     on_base,
 )
-from registry.catalog.tables import artifact, layout, lora_config, metric, tag, version, version_metadata
+from registry.catalog.tables import artifact, metric, tag, version, version_metadata
 from registry.core.query import Condition, SortKey
 from registry.core.reference import LATEST
 
@@ -57,55 +59,22 @@ def find_ids(connection: Connection, search: Search) -> list[int]:
     """
     if search.sort is not None:
         check_texts(search.sort.key)
+    satisfied, named = _satisfied(connection, search)
+    walked = search.limit is not None
+    if satisfied and walked:
+        # Few are listed and then sorted. Many are walked in order until there are enough.
+        some = _some(connection, satisfied, named)
+        if len(some) <= conditions.FEW:
+            satisfied, named, walked = [version.c.id.in_(some)], False, False
+    by_name = search.sort is None or search.sort.field == "name"
+    statement = _joined(connection, names_first=named or (walked and by_name)).where(*satisfied)
     if search.sort is not None and search.sort.field == "metric":
-        return _by_metric(connection, search, search.sort)
-    return _ids(connection, search, _statement(connection, search))
+        return _by_metric(connection, statement, search.sort, search.limit)
+    return _ids(connection, _sorted(statement, search.sort), search.limit)
 
 
-def _ids(connection: Connection, search: Search, statement: Select[int]) -> list[int]:
-    statement = _sorted(statement, search.sort)
-    if search.limit is not None:
-        statement = statement.limit(min(search.limit, _MOST))
-    return list(connection.execute(statement).scalars())
-
-
-def _by_metric(connection: Connection, search: Search, sort: SortKey) -> list[int]:
-    """First those that have a finite value, from its index and no more than are wanted; then the others by name."""
-    statement = _statement(connection, search)
-    finite = and_(metric.c.version_id == version.c.id, metric.c.key == sort.key, metric.c.kind == "finite")
-    found = _ids(connection, search, statement.join(metric, finite))
-    left = None if search.limit is None else search.limit - len(found)
-    if left != 0:
-        without = statement.where(~select(metric.c.version_id).where(finite).correlate(version).exists())
-        found += _ids(connection, replace(search, sort=None, limit=left), without)
-    return found
-
-
-def _statement(connection: Connection, search: Search) -> Select[int]:
-    plain, named, said = _conditions(connection, search)
-    rare = [condition.is_rare(connection) for condition in said]
-    asked = [one.as_list() if few else one.asked_each() for one, few in zip(said, rare, strict=True)]
-    artifact_id: ColumnElement[int] = artifact.c.id
-    if connection.dialect.name == "sqlite" and not any(rare):
-        by_name = search.limit is not None and (search.sort is None or search.sort.field == "name")
-        if named or (by_name and not plain and len(said) <= 1):
-            # Names first. They are few where a condition is on them; and where most versions satisfy what is asked,
-            # they are walked in their order until there are enough. Without the sum SQLite, which has no statistics,
-            # goes through all versions, looks up the name of each and sorts them.
-            artifact_id = artifact.c.id + 0
-    return (
-        select(version.c.id)
-        .join(artifact, artifact_id == version.c.artifact_id)
-        .outerjoin(lora_config, lora_config.c.id == version.c.lora_config_id)
-        .outerjoin(layout, layout.c.id == version.c.layout_id)
-        .where(version.c.state == "present", *plain, *named, *asked)
-    )
-
-
-def _conditions(
-    connection: Connection, search: Search
-) -> tuple[list[ColumnElement[bool]], list[ColumnElement[bool]], list[Said]]:
-    """Conditions on a version's own columns, on its name, and on what was said of it."""
+def _satisfied(connection: Connection, search: Search) -> tuple[list[ColumnElement[bool]], bool]:
+    """The conditions, and whether one is on names."""
     made: list[ColumnElement[bool] | Said | Named] = []
     if search.pattern is not None:
         made.append(matches(search.pattern, connection.dialect.name))
@@ -116,11 +85,48 @@ def _conditions(
     if search.base is not None:
         made.append(on_base(connection, search.base))
     made += [condition_sql(connection, condition) for condition in search.where]
-    return (
-        [one for one in made if not isinstance(one, Said | Named)],
-        [one.matching for one in made if isinstance(one, Named)],
-        [one for one in made if isinstance(one, Said)],
-    )
+    satisfied = []
+    for one in made:
+        if isinstance(one, Said):
+            satisfied.append(one.as_list() if one.is_rare(connection) else one.asked_each())
+        else:
+            satisfied.append(one.matching if isinstance(one, Named) else one)
+    return satisfied, any(isinstance(one, Named) for one in made)
+
+
+def _some(connection: Connection, satisfied: Sequence[ColumnElement[bool]], named: bool) -> Sequence[int]:
+    """Ids that satisfy the conditions, in no order, and one more than are few at most."""
+    statement = _joined(connection, names_first=True) if named else select(version.c.id)
+    found = statement.where(version.c.state == "present", *satisfied).limit(conditions.FEW + 1)
+    return connection.execute(found).scalars().all()
+
+
+def _joined(connection: Connection, *, names_first: bool) -> Select[int]:
+    """Present versions with their names."""
+    artifact_id: ColumnElement[int] = artifact.c.id
+    if names_first and connection.dialect.name == "sqlite":
+        # Without statistics SQLite would go through all versions, and look up the name of each. The sum keeps it from
+        # that, and so it begins with the names.
+        artifact_id = artifact.c.id + 0
+    named = select(version.c.id).join(artifact, artifact_id == version.c.artifact_id)
+    return named.where(version.c.state == "present")
+
+
+def _by_metric(connection: Connection, statement: Select[int], sort: SortKey, limit: int | None) -> list[int]:
+    """First those that have a finite value, from its index and no more than are wanted; then the others by name."""
+    finite = and_(metric.c.version_id == version.c.id, metric.c.key == sort.key, metric.c.kind == "finite")
+    found = _ids(connection, _sorted(statement.join(metric, finite), sort), limit)
+    left = None if limit is None else limit - len(found)
+    if left != 0:
+        without = statement.where(~select(metric.c.version_id).where(finite).correlate(version).exists())
+        found += _ids(connection, _sorted(without, None), left)
+    return found
+
+
+def _ids(connection: Connection, statement: Select[int], limit: int | None) -> list[int]:
+    if limit is not None:
+        statement = statement.limit(min(limit, _MOST))
+    return list(connection.execute(statement).scalars())
 
 
 def _sorted(statement: Select[int], sort: SortKey | None) -> Select[int]:
@@ -143,6 +149,9 @@ def _sorted(statement: Select[int], sort: SortKey | None) -> Select[int]:
         keys = [name.c.namespace, name.c.name, base.c.number]
     else:
         keys = [COLUMNS[sort.field]]
+        for table, reference in SHARED.items():
+            if COLUMNS[sort.field].table is table:
+                statement = statement.outerjoin(table, table.c.id == reference)
     descending = sort is not None and sort.descending
     ordered = [_direction(key, descending) for key in keys]
     return statement.order_by(*ordered, *by_name, version.c.number.desc())
@@ -150,8 +159,6 @@ def _sorted(statement: Select[int], sort: SortKey | None) -> Select[int]:
 
 def _direction(key: ColumnElement[Any], descending: bool) -> ColumnElement[Any]:
     ordered = key.desc() if descending else key.asc()
-    # Only where there may be none: NULLS LAST keeps SQLite from an index that has the order.
-    always = isinstance(key, Column) and (
-        key is metric.c.value or (key.table in (artifact, version) and not key.nullable)
-    )
-    return ordered if always else ordered.nulls_last()
+    if isinstance(key, Column) and (key is metric.c.value or (key.table in (artifact, version) and not key.nullable)):
+        return ordered  # never NULL, and NULLS LAST would keep SQLite from an index that has the order
+    return ordered.nulls_last()

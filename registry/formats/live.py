@@ -139,9 +139,11 @@ def choose_adapter(model: Any, adapter_name: str | None) -> str:
         if adapter_name not in known:
             raise InvalidInput(f"the model has no adapter {adapter_name!r}; it has {', '.join(known)}")
         return adapter_name
-    if isinstance(model, PeftModel):
+    # An X-LoRA lists the adapters that it weighs among its own.
+    active: list[str] = [name for name, config in model.peft_config.items() if config.peft_type == "XLORA"]
+    if not active and isinstance(model, PeftModel):
         active = list(model.active_adapters)
-    else:
+    elif not active:
         active = list(dict.fromkeys(name for layer in tuner_layers(model) for name in layer.active_adapters))
     if len(active) != 1:
         raise InvalidInput(
@@ -214,7 +216,8 @@ def _saved_vocabulary(model_id: str | None) -> int | None:
 
 
 def _adapter(model: Any, name: str) -> Source:
-    types = sorted({str(one.peft_type.value) for one in model.peft_config.values()})
+    # An X-LoRA is saved without the adapters that it weighs.
+    types = sorted({str(one.peft_type.value) for one in model.peft_config.values()} - {"XLORA"})
     if len(types) > 1:
         raise InvalidInput(
             f"the model mixes adapters of the types {', '.join(types)}, layer on layer, and PEFT saves none of them "

@@ -93,13 +93,16 @@ def differences(targets: Mapping[str, Any], tensors: Mapping[str, torch.Tensor])
         if name not in targets:
             shape = str(tuple(tensor.shape))
             found.append(Finding("C05", "error", name, "the model has no place for this tensor", "none", shape))
+    held = {_view(targets[name]) for name in tensors if isinstance(targets.get(name), torch.Tensor)}
     for name, target in targets.items():
         tensor_there = tensors.get(name)
         if not isinstance(target, torch.Tensor):
             kind = f"a {type(target).__name__}"
             found.append(Finding("C06", "error", name, "the model keeps what is no tensor, and no version holds", kind))
         elif tensor_there is None:
-            found.append(Finding("C06", "error", name, "the version lacks this tensor", str(tuple(target.shape))))
+            # Of tied tensors one is enough: transformers saves no more.
+            if _view(target) not in held:
+                found.append(Finding("C06", "error", name, "the version lacks this tensor", str(tuple(target.shape))))
         elif tensor_there.shape != target.shape:
             expected, actual = str(tuple(target.shape)), str(tuple(tensor_there.shape))
             found.append(Finding("C08", "error", name, "the shapes differ", expected, actual))
@@ -123,9 +126,9 @@ def _loss(tensor: torch.Tensor, dtype: torch.dtype) -> str | None:
         if not (dtype.is_floating_point or dtype.is_complex):
             return "floating point would be cut"
         largest = torch.finfo(dtype).max
-        if largest < torch.finfo(tensor.dtype).max and tensor.numel():
-            size = tensor.abs().to(torch.float64)
-            if bool(((size > largest) & size.isfinite()).any()):
+        if largest < torch.finfo(tensor.dtype).max:
+            size = (tensor if tensor.itemsize > 2 else tensor.float()).abs()
+            if bool(((size > largest) & ~size.isinf()).any()):
                 return f"values over {largest:g}, the largest that fits, would be cut"
         return None
     back = tensor.to(dtype).to(tensor.dtype)
@@ -169,6 +172,13 @@ def memory(tensor: torch.Tensor) -> Any:
     return (tensor.device, tensor.untyped_storage().data_ptr())
 
 
+def _view(tensor: torch.Tensor) -> Any:
+    """Equal for tensors that are the very same elements."""
+    if not_plain(tensor) or not tensor.numel():
+        return id(tensor)
+    return (memory(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+
+
 def _ties(names: Sequence[str], targets: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> list[Finding]:
     """C16: of names that share memory, those that would overwrite another with other values."""
     import torch
@@ -177,8 +187,7 @@ def _ties(names: Sequence[str], targets: Mapping[str, Any], tensors: Mapping[str
     found = []
     for name in names:
         target = targets[name]
-        view = (target.storage_offset(), target.shape, target.stride(), target.dtype)
-        other = first.setdefault(view, name)
+        other = first.setdefault(_view(target), name)
         if other != name and not same_values(tensors[name].to(target.dtype), tensors[other]):
             found.append(_tied(name, other))
     views = list(first.values())

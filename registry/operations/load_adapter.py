@@ -15,7 +15,7 @@ from registry.core.adapter_config import (
     is_off,
     unknown_keys,
 )
-from registry.core.adapter_names import Target, canonical_name, target_scaling, targets_of
+from registry.core.adapter_names import Target, canonical_name, is_adapter_tensor, target_scaling, targets_of
 from registry.core.content_digest import LORA_OPTIONS, OUTSIDE, PLAIN_INITS
 from registry.core.errors import Incompatible, InvalidInput
 from registry.core.findings import Finding
@@ -127,6 +127,7 @@ def _put(
     if all(tensor.is_meta or not tensor.numel() or memory(tensor) in own for tensor in aliases.values()):
         copy_into(holder, aliases, tensors, strict=strict, what=what, findings=findings)
         return
+    # Strict in any case: PEFT sets all of them or none.
     settle([*findings, *differences(aliases, tensors)], strict=True, what=f"{what} does not fit this adapter")
     saved = {places[canonical][0]: tensor.clone() for canonical, tensor in tensors.items()}
     _put_through_peft(holder, adapter_name, saved, what)
@@ -140,7 +141,10 @@ def _put_through_peft(holder: nn.Module, adapter_name: str, tensors: dict[str, t
     """
     from peft import set_peft_model_state_dict
 
-    before = ModuleState(holder, values=[one for one in holder.parameters() if one.requires_grad or one.numel() == 0])
+    of_adapters = [
+        tensor for name, tensor in (*holder.named_parameters(), *holder.named_buffers()) if is_adapter_tensor(name)
+    ]
+    before = ModuleState(holder, values=of_adapters)
     try:
         set_peft_model_state_dict(holder, tensors, adapter_name=adapter_name)
         after = adapter_tensors(holder, adapter_name)
@@ -186,7 +190,7 @@ def scaling_findings(
 
 def _target_of(layer: Any, path: str, targets: Mapping[str, Target]) -> Target | None:
     """The target that a live layer is; two parameters of one module are told apart by PEFT's nesting alone."""
-    inner = canonical_name(f"{path}.lora_A").removesuffix(".lora_A")
+    inner = canonical_name(f"{path}.lora_A").removesuffix(".lora_A")  # it takes names of tensors
     bare = ".".join(without_layers(inner.split(".")))
     names = [inner, bare]
     if hasattr(layer, "parameter_name"):

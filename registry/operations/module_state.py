@@ -3,9 +3,10 @@ stops in the middle where it does not know how to go on."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+
+from registry.formats.live import not_plain
 
 if TYPE_CHECKING:
     import torch
@@ -23,11 +24,12 @@ class ModuleState:
 
     def __init__(self, module: nn.Module, *, values: Iterable[torch.Tensor] = ()) -> None:
         self._modules = [
-            (one, type(one), {name: (value, _shallow(value)) for name, value in vars(one).items()})
+            (one, type(one), {name: (value, _content(value)) for name, value in vars(one).items()})
             for one in module.modules()
         ]
         self._tensors = [
-            (tensor, tensor.data, tensor.requires_grad) for tensor in (*module.parameters(), *module.buffers())
+            (tensor, tensor.data if not_plain(tensor) is None else None, tensor.requires_grad)
+            for tensor in (*module.parameters(), *module.buffers())
         ]
         self._values = [(tensor, tensor.detach().clone()) for tensor in values]
 
@@ -39,20 +41,28 @@ class ModuleState:
             module.__class__ = kind
             vars(module).clear()
             for name, (value, content) in attributes.items():
-                if isinstance(value, list):
-                    value[:] = content
-                elif isinstance(value, dict | set):
+                if content is not None and not _is_same(_content(value), content):
                     value.clear()
-                    value.update(content)
+                    value.extend(content) if isinstance(value, list) else value.update(content)
                 vars(module)[name] = value
         for tensor, data, requires_grad in self._tensors:
-            if tensor.data_ptr() != data.data_ptr():
+            if data is not None and tensor.data_ptr() != data.data_ptr():
                 tensor.data = data
-            tensor.requires_grad_(requires_grad)
+            if tensor.requires_grad != requires_grad:
+                tensor.requires_grad_(requires_grad)
         with torch.no_grad():
             for tensor, value in self._values:
                 tensor.copy_(value)
 
 
-def _shallow(value: Any) -> Any:
-    return copy.copy(value) if isinstance(value, dict | list | set) else None
+def _content(value: Any) -> dict[Any, Any] | list[Any] | set[Any] | None:
+    """What a container holds; None for anything else."""
+    return next((kind(value) for kind in (dict, list, set) if isinstance(value, kind)), None)
+
+
+def _is_same(now: Any, before: Any) -> bool:
+    """Whether the very same objects are in there, in the same order."""
+    if isinstance(before, set):
+        return bool(now == before)
+    flat = [[*one, *one.values()] if isinstance(one, dict) else one for one in (now, before)]
+    return len(flat[0]) == len(flat[1]) and all(a is b for a, b in zip(*flat, strict=True))

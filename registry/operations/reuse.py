@@ -49,7 +49,7 @@ def plan_reuse(
 
     Args:
         digests: tensor digests in layout order.
-        candidates: stored tensors by digest, the preferred source first (the declared base, then the index).
+        candidates: stored tensors by digest, the preferred source first (the declared base, then what was found).
         file_size: bytes of the file.
     """
     options: dict[str, dict[int, StoredTensor]] = {}

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from registry.catalog.blobs import NewBlob, StoredTensor, find_tensors
+from registry.catalog.blobs import NewBlob, StoredTensor, find_tensors, find_together
 from registry.core.digest import tensor_hasher
 from registry.core.errors import InvalidInput
 from registry.core.layout import Layout
@@ -91,7 +91,7 @@ def _seems_stored(context: Context, file: TensorFile, base_tensors: Mapping[str,
 
 def _plan(context: Context, file: TensorFile, digests: FileDigests, base_tensors: Mapping[str, StoredTensor]) -> Plan:
     with context.reading() as connection:
-        indexed = find_tensors(connection, digests.tensors)
+        together = find_together(connection, digests.tensors)
     usable: dict[str, bool] = {}
 
     def present(stored: StoredTensor) -> bool:
@@ -102,7 +102,7 @@ def _plan(context: Context, file: TensorFile, digests: FileDigests, base_tensors
     own = set(digests.tensors)
     candidates = [
         {digest: stored for digest, stored in offered.items() if digest in own and present(stored)}
-        for offered in (base_tensors, indexed)
+        for offered in (base_tensors, *together)
     ]
     return plan_reuse(file.layout, digests.tensors, candidates, file_size=file.size)
 

@@ -271,8 +271,7 @@ def test_a_key_stands_once(connection: Connection, table: Table) -> None:
     [
         (table, constraint)
         for table in tables.metadata.sorted_tables
-        for constraint in table.constraints
-        if isinstance(constraint, ForeignKeyConstraint)
+        for constraint in sorted(table.foreign_key_constraints, key=lambda one: str(one.name))
     ],
     ids=lambda value: name_of(value) or str(value.name),
 )

@@ -72,7 +72,7 @@ def test_a_lock_that_others_keep_is_told_after_a_while(
         Registry.open(registry_file.parent) as r,
     ):
         other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(StorageError, match="other writers kept it locked.*try again") as error:
+        with pytest.raises(StorageError, match=r"other writers kept it locked.*try again") as error:
             r.push(tensor_file(tmp_path, 1), NAME)
         assert str(registry_file) in str(error.value)
         assert r.find() == [], "a reader needs no lock"
@@ -105,9 +105,13 @@ def test_a_full_disk_is_told_and_changes_nothing(registry: Registry, tmp_path: P
     with registry._context.database.writing() as connection:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
         connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
-    with pytest.raises(NoSpace, match="disk is full"):
+
+    def push_on() -> None:
         for value in range(2, 200):
             registry.push(tensor_file(tmp_path, value), NAME, metadata={f"k{i}": "x" * 500 for i in range(20)})
+
+    with pytest.raises(NoSpace, match="disk is full"):
+        push_on()
     versions = len(registry.find())
     registry.close()
     assert [found.version for found in registry.find(order_by="version")] == list(range(1, versions + 1))
@@ -214,8 +218,7 @@ def test_a_broken_constraint_is_a_bug_and_stays_one(database: Database) -> None:
 
 def test_a_transaction_that_fails_leaves_nothing(database: Database) -> None:
     with pytest.raises(ZeroDivisionError), database.writing() as connection:
-        connection.execute(text("INSERT INTO lease VALUES ('a', 'gc', 'me', 1, 2)"))
-        raise ZeroDivisionError
+        connection.execute(text("INSERT INTO lease VALUES ('a', 'gc', 'me', :at, 2)"), {"at": 1}).rowcount / 0
     with database.reading() as connection:
         assert connection.execute(text("SELECT count(*) FROM lease")).scalar() == 0
 
@@ -242,11 +245,15 @@ def test_a_server_that_cuts_a_connection_is_reached_again(
         )
     assert registry.get(NAME).version == 1
     database = registry._context.database
-    with pytest.raises(StoreUnreachable, match="cannot reach"), database.reading() as connection:
-        pid = connection.execute(text("SELECT pg_backend_pid()")).scalar()
-        with psycopg.connect(registry_url, autocommit=True) as admin:
+
+    def cut_in_the_middle() -> None:
+        with database.reading() as connection, psycopg.connect(registry_url, autocommit=True) as admin:
+            pid = connection.execute(text("SELECT pg_backend_pid()")).scalar()
             admin.execute("SELECT pg_terminate_backend(%s)", [pid])
-        connection.execute(text("SELECT 1"))
+            connection.execute(text("SELECT 1"))
+
+    with pytest.raises(StoreUnreachable, match="cannot reach"):
+        cut_in_the_middle()
     assert registry.get(NAME).version == 1
 
 
@@ -527,17 +534,19 @@ def test_an_answer_is_refused_when_a_writer_came_in_the_middle(
 ) -> None:
     """Without locks nothing keeps a writer away; then no answer is better than a wrong one."""
     monkeypatch.setattr(engine, "sqlite_writable", lambda _: False)
-    with closing(sqlite3.connect(registry_file)) as other:
-        other.execute("PRAGMA journal_mode = WAL")
     database = open_database(str(registry_file))
     with database.reading() as connection:
         assert connection.execute(text("SELECT count(*) FROM lease")).scalar() == 0
-    with pytest.raises(StorageError, match="written while it was read; try again"), database.reading() as connection:
-        connection.execute(text("SELECT count(*) FROM lease"))
-        with closing(sqlite3.connect(registry_file)) as other, other:
+
+    def read_while_another_writes() -> None:
+        with database.reading() as connection, closing(sqlite3.connect(registry_file, isolation_level=None)) as other:
+            connection.execute(text("SELECT count(*) FROM lease"))
             other.execute("INSERT INTO lease VALUES ('a', 'gc', 'me', 1, 2)")
-            other.commit()
             other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    with pytest.raises(StorageError, match="written while it was read; try again"):
+        read_while_another_writes()
+    database.close()
 
 
 @only_sqlite

@@ -29,7 +29,7 @@ from registry.core.errors import (
     StorageError,
     WrongStore,
 )
-from registry.operations import discover
+from registry.operations import context, discover
 from registry.operations.context import Context
 from tests.failures.stages import killed_at_every_stage
 from tests.failures.support import (
@@ -433,21 +433,17 @@ class TestTheOutbox:
         with Registry.open(unjournaled) as registry:
             whole(registry, unjournaled, "walk/new")
 
-    def test_of_thousands_is_emptied(self, root: Path) -> None:
-        with Registry.open(root) as registry, pytest.MonkeyPatch.context() as patch:
+    def test_of_more_events_than_are_read_at_once_is_emptied(
+        self, unjournaled: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with Registry.open(unjournaled) as registry, monkeypatch.context() as patch:
             patch.setattr(Context, "journal", lambda *_: None)
-            registry.annotate("walk/base", metadata={"a": 1})
-        with closing(sqlite3.connect(root / "catalog.sqlite")) as catalog, catalog:
-            ((last, columns),) = catalog.execute("SELECT max(seq), count(*) FROM event")
-            names = ", ".join(row[1] for row in catalog.execute("PRAGMA table_info(event)") if row[1] != "seq")
-            for seq in range(last + 1, last + 1101):
-                catalog.execute(
-                    f"INSERT INTO event (seq, {names}) SELECT ?, {names} FROM event WHERE seq = ?", (seq, last)
-                )
-            catalog.execute("UPDATE artifact SET last_seq = ? WHERE name = 'base'", (last + 1100,))
-        assert pending_events(root) == 1101, columns
-        with Registry.open(root) as registry:
-            whole(registry, root, "walk/base")
+            for number in range(8):
+                registry.annotate("walk/base", metadata={"a": number})
+        monkeypatch.setattr(context, "OUTBOX_BATCH", 3)
+        with Registry.open(unjournaled) as registry:
+            assert pending_events(unjournaled) == 0
+            whole(registry, unjournaled, "walk/base")
 
     def test_is_emptied_by_two_at_once(self, unjournaled: Path) -> None:
         succeeds_alone(open_at_once, unjournaled)

@@ -47,12 +47,22 @@ from tests.failures.support import (
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
 
 
+@pytest.fixture(scope="module")
+def sources(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What was pushed, and beside it the registry: with `walk/base@1` (a file), `walk/new@1` (a folder), and
+    `walk/parts@1` (a file that lies half in the base)."""
+    folder = tmp_path_factory.mktemp("sources")
+    with Registry.open(shutil.copytree(template, folder / "registry")) as registry:
+        registry.push(peft_folder(folder / "adapter"), "walk/new", base="walk/base")
+        registry.push(checkpoint(folder / "model.safetensors"), "walk/parts", base="walk/base")
+    return folder
+
+
 @pytest.fixture
-def filled(registry: Registry, tmp_path: Path) -> Registry:
-    """With `walk/base@1` (a file), `walk/new@1` (a folder), and `walk/parts@1` (a file that lies half in the base)."""
-    registry.push(peft_folder(tmp_path / "adapter"), "walk/new", base="walk/base")
-    registry.push(checkpoint(tmp_path / "model.safetensors"), "walk/parts", base="walk/base")
-    return registry
+def filled(sources: Path, tmp_path: Path) -> Iterator[Registry]:
+    """A copy of that registry."""
+    with Registry.open(shutil.copytree(sources / "registry", tmp_path / "registry")) as registry:
+        yield registry
 
 
 @pytest.fixture
@@ -94,10 +104,10 @@ def refused(registry: Registry, place: Path, error: type[RegistryError], match: 
 class TestAFile:
     """A version of one file."""
 
-    def test_goes_to_a_path_that_is_free(self, filled: Registry, place: Path, tmp_path: Path) -> None:
+    def test_goes_to_a_path_that_is_free(self, filled: Registry, place: Path, sources: Path) -> None:
         result = filled.pull("walk/parts", place / "out.safetensors")
         assert (result.path, result.files) == (place / "out.safetensors", (place / "out.safetensors",))
-        assert result.path.read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+        assert result.path.read_bytes() == (sources / "model.safetensors").read_bytes()
         assert os.listdir(place) == ["out.safetensors"]
 
     def test_goes_into_a_folder_that_is_there(self, filled: Registry, place: Path) -> None:
@@ -173,12 +183,12 @@ class TestAFolder:
     """A version of several files."""
 
     @pytest.mark.parametrize("make", [False, True], ids=["new", "empty"])
-    def test_is_made_where_nothing_is(self, filled: Registry, place: Path, tmp_path: Path, make: bool) -> None:
+    def test_is_made_where_nothing_is(self, filled: Registry, place: Path, sources: Path, make: bool) -> None:
         out = place / "out"
         if make:
             out.mkdir(0o750)
         filled.pull("walk/new", out)
-        assert tree(out) == tree(tmp_path / "adapter")
+        assert tree(out) == tree(sources / "adapter")
         assert os.listdir(place) == ["out"]
         assert os.access(out, os.R_OK | os.W_OK | os.X_OK)
         if make:
@@ -199,11 +209,11 @@ class TestAFolder:
         with refused(filled, place, DestinationExists, "not empty"):
             filled.pull("walk/new", place)
 
-    def test_with_other_files_keeps_them_with_force(self, filled: Registry, place: Path, tmp_path: Path) -> None:
+    def test_with_other_files_keeps_them_with_force(self, filled: Registry, place: Path, sources: Path) -> None:
         (place / "notes.txt").write_bytes(b"mine")
         (place / FILES[0]).write_bytes(b"old")
         filled.pull("walk/new", place, force=True)
-        assert tree(place) == {**tree(tmp_path / "adapter"), "notes.txt": b"mine"}
+        assert tree(place) == {**tree(sources / "adapter"), "notes.txt": b"mine"}
 
     def test_that_a_killed_pull_left_something_in_counts_as_empty(self, filled: Registry, place: Path) -> None:
         (place / ".registry-pull-0123").mkdir()

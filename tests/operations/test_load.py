@@ -185,6 +185,26 @@ def test_into_an_adapter_of_transformers(registry: Registry) -> None:
         assert torch.equal(model.eval()(tokens).logits, trained.eval()(tokens).logits)
 
 
+def test_into_a_classifier_with_its_head(registry: Registry) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    def classifier() -> nn.Module:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+        return BertForSequenceClassification(BertConfig(vocab_size=32, max_position_embeddings=16, **sizes)).eval()
+
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
+    trained = get_peft_model(classifier(), config)
+    train(trained)
+    trained.eval()
+    registry.push(trained, "walk/classes")
+    assert "base_model.model.classifier.weight" in registry.load("walk/classes")
+    tokens = torch.tensor([[1, 2, 3]])
+    loaded = registry.load("walk/classes", classifier())
+    assert type(loaded) is type(trained)
+    assert torch.equal(loaded(tokens).logits, trained(tokens).logits)
+
+
 def test_a_prompt_is_loaded_into_its_encoder(registry: Registry) -> None:
     from peft import PromptTuningConfig
 
@@ -198,6 +218,26 @@ def test_a_prompt_is_loaded_into_its_encoder(registry: Registry) -> None:
     registry.load("walk/prompt", model)
     tokens = torch.tensor([[1, 2, 3]])
     assert torch.equal(model(tokens).logits, trained(tokens).logits)
+
+
+def test_a_prompt_that_the_model_computes_is_refused(registry: Registry) -> None:
+    """PEFT saves the prompt, and not the network that gives it in training; loading it there would change it."""
+    from peft import PrefixTuningConfig, PromptEncoderConfig
+
+    for number, config in enumerate(
+        [
+            PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=8),
+            PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, prefix_projection=True),
+        ]
+    ):
+        trained = get_peft_model(tiny_llama(), config)
+        train(trained)
+        registry.push(trained, f"walk/prompt{number}")
+        assert "PeftModel.from_pretrained" in str(refusal(registry, f"walk/prompt{number}", trained)) or number == 1
+        model = registry.load(f"walk/prompt{number}", tiny_llama())
+        tokens = torch.tensor([[1, 2, 3]])
+        with torch.no_grad():
+            assert torch.equal(model(tokens).logits, trained.eval()(tokens).logits)
 
 
 def test_a_state_dict_without_a_configuration(registry: Registry) -> None:
@@ -653,6 +693,27 @@ class TiedButUntied(Walker):
     def __init__(self) -> None:
         super().__init__()
         self.decoder = nn.Linear(16, 16)
+
+
+def test_of_tied_tensors_a_version_needs_one(registry: Registry, tmp_path: Path) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    trained = tiny_llama(tie_word_embeddings=True)
+    train(trained)
+    trained.save_pretrained(tmp_path)  # which leaves lm_head.weight out
+    registry.push(tmp_path / "model.safetensors", "walk/tied")
+    model = tiny_llama(tie_word_embeddings=True)
+    registry.load("walk/tied", model)
+    tokens = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, trained(tokens).logits)
+    registry.push({"a": torch.zeros(0)}, "walk/empty")
+    assert found(refusal(registry, "walk/empty", holding(a=torch.zeros(0), b=torch.zeros(0)))) == [
+        ("C06", "b", "(0,)", "")
+    ]
+    error = refusal(registry, "walk/tied", tiny_llama(tie_word_embeddings=False))
+    assert found(error) == [("C06", "lm_head.weight", "(32, 16)", "")]
 
 
 def test_views_of_one_memory_that_do_not_meet_are_fine(registry: Registry) -> None:

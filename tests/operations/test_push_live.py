@@ -254,6 +254,21 @@ def test_a_mixed_model_is_a_checkpoint_alone(registry: Registry) -> None:
     assert registry.push(mixed, "walk/full", kind="checkpoint").created
 
 
+def test_the_gate_of_x_lora_is_an_adapter_without_the_ones_that_it_weighs(registry: Registry, tmp_path: Path) -> None:
+    from peft import XLoraConfig
+
+    get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "one")
+    base = tiny_llama()
+    base.config.use_cache = False
+    adapters = {"0": str(tmp_path / "one")}
+    config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=16, xlora_depth=2, adapters=adapters)
+    model = get_peft_model(base, config)
+    registry.push(model, "walk/gate")
+    assert registry.get("walk/gate").peft_type == "XLORA"
+    model.save_pretrained(tmp_path / "saved")
+    assert registry.push(tmp_path / "saved", "walk/gate").same_content_as == 1
+
+
 # ---------------------------------------------------------------- checkpoints, bases, state dicts
 
 

@@ -204,7 +204,7 @@ def small(*tensors: tuple[str, tuple[int, ...], int], step: int = 0) -> bytes:
 W, V, E = ("F32", (100, 24), 1), ("F32", (100, 24), 2), ("U8", (0,), 0)
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(st.lists(odd_file(), min_size=1, max_size=4))
 @example([small(W, V), small(V, W), small(V, V, W, step=1), small(E, W, E, V, E)])
 @example([small(W), small(W, step=1), small(W, W), small(W, ("U8", (3, 8), 1), V)])
@@ -259,6 +259,26 @@ def test_a_file_that_repeats_nothing_is_its_own_blob(registry: Registry, root: P
     assert (root / "blobs" / "sha256" / digest[:2] / digest).read_bytes() == (
         tmp_path / "model.safetensors"
     ).read_bytes()
+
+
+def test_a_version_never_hangs_on_many_strangers(registry: Registry) -> None:
+    generator = torch.Generator().manual_seed(0)
+    state = {f"w{place:03}": torch.randn(50, generator=generator) for place in range(150)}
+    for name in list(state)[:20]:
+        registry.push({name: state[name], "own": torch.randn(9000, generator=generator)}, f"strangers/{name}")
+    pushed = registry.push(state, "walk/run")
+    assert pushed.bytes_new > sum(value.nbytes for value in state.values())
+    assert roles(registry, "walk/run") == ["layout", "manifest", "tensors"]
+    # From there on they lie together, and are taken from there although the index knew the strangers first.
+    more = torch.randn(60, generator=generator)
+    registry.push(state | {"more": more}, "walk/run")
+    found = placement(registry, "walk/run")
+    assert [role for _, role in found["blobs"]] == ["tensors", "reused", "header", "layout", "manifest"]
+    layout = registry.show("walk/run").contents.components["model"]
+    new = {digest for digest, _ in layout.places} - {
+        registry.show("walk/run@1").contents.components["model"].places[0][0]
+    }
+    assert [place[0] in new for place in layout.places] == [spec.name == "more" for spec in layout.layout]
 
 
 def test_the_same_folder_has_one_digest_in_every_registry(empty_registry: Path, tmp_path: Path) -> None:
@@ -491,6 +511,7 @@ def _in_child(registry: Registry, worker: int) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="fork is not safe there")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_forked_workers_use_the_registry_that_their_parent_opened(registry: Registry) -> None:
     registry.push(walker(), "walk/base")  # so that the parent has connections and threads of its own
     use(registry, 9)
