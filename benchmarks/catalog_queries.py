@@ -195,7 +195,7 @@ def questions(prefix: str, newest: list[int]) -> list[Question]:
             lambda c: blobs.find_tensors(c, tensors),
             f"SELECT t.prefix, t.ordinal, b.digest, d.digests FROM tensor_index t JOIN blob b ON b.id = t.blob_id JOIN blob_tensors d ON d.blob_id = b.id WHERE t.prefix IN ({prefixes})",
         ),
-        Question("outbox", journal_rows.has_pending, "SELECT seq FROM event WHERE journaled = 0 LIMIT 1"),
+        Question("outbox", journal_rows.has_pending, "SELECT seq FROM outbox LIMIT 1"),
         Question(
             "history of a name",
             lambda c: journal_rows.events_of(c, NAMESPACE, SHORT),

@@ -218,5 +218,4 @@ def _event(artifact: int, seq: int, kind: str, version: int, tag: str | None) ->
         "at": START + timedelta(seconds=version),
         "actor": "somebody",
         "payload": "{}",
-        "journaled": True,
     }

@@ -304,9 +304,6 @@ def upgrade() -> None:
         sa.Column(
             "payload", sa.Text(), nullable=False, comment="JSON; its form is a matter of the kind, see docs/format.md"
         ),
-        sa.Column(
-            "journaled", sa.Boolean(), nullable=False, comment="false: the journal object is still to be written"
-        ),
         sa.CheckConstraint(
             "kind IN ('pushed', 'described', 'tag_moved', 'tag_protected', 'tag_unprotected', 'tag_deleted', 'metadata', 'metrics', 'note', 'removed', 'restored')",
             name=op.f("ck_event_kind_known"),
@@ -317,13 +314,6 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("artifact_id", "seq", name=op.f("pk_event")),
     )
     with op.batch_alter_table("event", schema=None) as batch_op:
-        batch_op.create_index(
-            "ix_event_outbox",
-            ["artifact_id", "seq"],
-            unique=False,
-            sqlite_where=sa.text("journaled = 0"),
-            postgresql_where=sa.text("NOT journaled"),
-        )
         batch_op.create_index("ix_event_tag", ["artifact_id", "tag", "seq"], unique=False)
         batch_op.create_index(batch_op.f("ix_event_version_id_seq"), ["version_id", "seq"], unique=False)
 
@@ -352,12 +342,12 @@ def upgrade() -> None:
         sa.Column("parent_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("relation", sa.Text(), nullable=False),
         sa.Column("weight", sa.Double(), nullable=True),
-        sa.CheckConstraint("abs(weight) <= 1.7976931348623157e308", name=op.f("ck_lineage_weight_finite")),
         sa.CheckConstraint(
             "relation IN ('trained_on', 'continued_from', 'merged_from', 'extracted_from', 'converted_from')",
             name=op.f("ck_lineage_relation_known"),
         ),
         sa.CheckConstraint("weight IS NULL OR relation = 'merged_from'", name=op.f("ck_lineage_weight_of_merge")),
+        sa.CheckConstraint("abs(weight) <= 1.7976931348623157e308", name=op.f("ck_lineage_weight_finite")),
         sa.CheckConstraint("parent_id < child_id", name=op.f("ck_lineage_no_cycle")),
         sa.ForeignKeyConstraint(["child_id"], ["version.id"], name=op.f("fk_lineage_child_id")),
         sa.ForeignKeyConstraint(["parent_id"], ["version.id"], name=op.f("fk_lineage_parent_id")),
@@ -399,9 +389,9 @@ def upgrade() -> None:
         sa.Column("kind", sa.Text(), nullable=False),
         sa.Column("step", sa.BigInteger(), nullable=True),
         sa.Column("at", sa.BigInteger(), nullable=False, comment="UTC, microseconds since 1970"),
-        sa.CheckConstraint("abs(value) <= 1.7976931348623157e308", name=op.f("ck_metric_value_finite")),
         sa.CheckConstraint("(kind = 'finite') = (value IS NOT NULL)", name=op.f("ck_metric_value_of_kind")),
         sa.CheckConstraint("kind IN ('finite', 'nan', 'inf', '-inf')", name=op.f("ck_metric_kind_known")),
+        sa.CheckConstraint("abs(value) <= 1.7976931348623157e308", name=op.f("ck_metric_value_finite")),
         sa.CheckConstraint("length(key) BETWEEN 1 AND 128", name=op.f("ck_metric_key_length")),
         sa.ForeignKeyConstraint(["version_id"], ["version.id"], name=op.f("fk_metric_version_id")),
         sa.PrimaryKeyConstraint("version_id", "key", name=op.f("pk_metric")),
@@ -463,6 +453,19 @@ def upgrade() -> None:
         batch_op.create_index(batch_op.f("ix_version_blob_blob_id"), ["blob_id"], unique=False)
 
     op.create_table(
+        "outbox",
+        sa.Column(
+            "artifact_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=False, nullable=False
+        ),
+        sa.Column("seq", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.ForeignKeyConstraint(
+            ["artifact_id", "seq"], ["event.artifact_id", "event.seq"], name=op.f("fk_outbox_artifact_id_seq")
+        ),
+        sa.PrimaryKeyConstraint("artifact_id", "seq", name=op.f("pk_outbox")),
+        comment="events whose journal object is still to be written",
+        sqlite_with_rowid=False,
+    )
+    op.create_table(
         "version_file",
         sa.Column("version_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("path", sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), nullable=False),
@@ -493,6 +496,7 @@ def downgrade() -> None:
         batch_op.drop_index(batch_op.f("ix_version_file_sha256"))
 
     op.drop_table("version_file")
+    op.drop_table("outbox")
     with op.batch_alter_table("version_blob", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_version_blob_blob_id"))
 
@@ -526,9 +530,6 @@ def downgrade() -> None:
     with op.batch_alter_table("event", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_event_version_id_seq"))
         batch_op.drop_index("ix_event_tag")
-        batch_op.drop_index(
-            "ix_event_outbox", sqlite_where=sa.text("journaled = 0"), postgresql_where=sa.text("NOT journaled")
-        )
 
     op.drop_table("event")
     with op.batch_alter_table("component", schema=None) as batch_op:

@@ -1,5 +1,5 @@
-"""One `--where` condition, pattern or base as SQL: on the table `version` alone, on `artifact` (`Named`), or on what was
-said of a version (`Said`). How a search puts them together is in `search.py`."""
+"""One `--where` condition, pattern or base as SQL over `version` joined with `artifact`. How a search puts them
+together is in `search.py`."""
 
 from __future__ import annotations
 
@@ -67,48 +67,36 @@ COLUMNS: dict[str, Column[Any]] = {
 SHARED: dict[FromClause, Column[Any]] = {lora_config: version.c.lora_config_id, layout: version.c.layout_id}
 """Tables with a row for many versions, and the column that leads there."""
 
-FEW = 3000
-"""Up to so many hits are listed and then sorted; beyond, versions are walked in order and asked one by one. With 100,000
-versions and 100 results wanted, both ways take about 10 ms where they meet."""
+MANY = 20_000
+"""As far as hits are counted, which takes 1 ms."""
 MAX_VALUE = 1000
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 _VERSION = re.compile(r"([0-9]{1,6})(?:\.([0-9]{1,6}))?(?:\.([0-9]{1,6}))?(?![0-9])")
 
 
 @dataclass(frozen=True)
-class Said:
-    """A condition on what was said of versions: rows of `metadata` or `metric` with this key that satisfy one of the
-    alternatives. No row satisfies two of them, and an index of the table finds the rows of each."""
+class Clause:
+    """One condition.
 
-    table: Table
-    key: str
-    alternatives: tuple[ColumnElement[bool], ...]
+    Attributes:
+        asked: of one version.
+        hits: the versions that satisfy it, as an index has them; None where none has.
+        listed: the same condition where its hits are to be found first.
+        on_name: it is decided for a whole name at once.
+    """
 
-    def is_rare(self, connection: Connection) -> bool:
-        """Whether it has up to `FEW` hits."""
-        hits = self._hits().limit(FEW + 1)
-        found: int = connection.execute(select(func.count()).select_from(hits.subquery())).scalar_one()
-        return found <= FEW
+    asked: ColumnElement[bool]
+    hits: Select[int] | CompoundSelect[int] | None = None
+    listed: ColumnElement[bool] | None = None
+    on_name: bool = False
 
-    def as_list(self) -> ColumnElement[bool]:
-        return version.c.id.in_(self._hits())
-
-    def asked_each(self) -> ColumnElement[bool]:
-        own = and_(self.table.c.version_id == version.c.id, self.table.c.key == self.key, or_(*self.alternatives))
-        return select(self.table.c.version_id).where(own).correlate(version).exists()
-
-    def _hits(self) -> CompoundSelect[int]:
-        # One SELECT for each: an OR between them would keep SQLite from the index.
-        return union_all(
-            *(select(self.table.c.version_id).where(self.table.c.key == self.key, one) for one in self.alternatives)
-        )
-
-
-@dataclass(frozen=True)
-class Named:
-    """A condition that is decided for a whole name at once, on the table `artifact`."""
-
-    matching: ColumnElement[bool]
+    def count(self, connection: Connection) -> int | None:
+        """Hits, and `MANY` for more; None where only a walk through all versions would tell."""
+        if self.hits is None:
+            return None
+        some = self.hits.limit(MANY).subquery()
+        found: int = connection.execute(select(func.count()).select_from(some)).scalar_one()
+        return found
 
 
 def check_texts(*texts: str) -> None:
@@ -123,7 +111,7 @@ def check_texts(*texts: str) -> None:
         raise InvalidQuery(str(error)) from error
 
 
-def condition_sql(connection: Connection, condition: Condition) -> ColumnElement[bool] | Said | Named:
+def clause_of(connection: Connection, condition: Condition) -> Clause:
     """
     Raises:
         InvalidQuery: a value of the wrong type for its field, or an operator that it does not have.
@@ -137,25 +125,30 @@ def condition_sql(connection: Connection, condition: Condition) -> ColumnElement
     kind = FIELDS[condition.field]
     if kind == "tag":
         if condition.value == "latest" and condition.op in ("=", "!="):
-            return Named(is_latest() if condition.op == "=" else ~is_latest())
+            return latest() if condition.op == "=" else Clause(~latest().asked, on_name=True)
         if condition.op == "!=":
-            return ~has_tag(tag.c.name == condition.value)
-        return has_tag(_compare_text(tag.c.name, condition, dialect))
+            return Clause(~tagged(tag.c.name == condition.value).asked)
+        return tagged(_compare_text(tag.c.name, condition, dialect))
     if kind == "target":
         return _has_target(condition, dialect)
     if kind == "base":
         if condition.op not in ("=", "!="):
             raise InvalidQuery(f"'{condition}': base is a reference; use = or !=")
         based = on_base(connection, condition.value)
-        return based if condition.op == "=" else ~based
+        return based if condition.op == "=" else Clause(~based.asked)
     if condition.field == "name":
-        return Named(_name(condition, dialect))
+        return Clause(_name(condition, dialect), on_name=True)
     column = COLUMNS[condition.field]
     matching = _compare_column(column, condition, dialect)
     for table, reference in SHARED.items():
         if column.table is table:
-            return reference.in_(select(table.c.id).where(matching))
-    return matching
+            return _indexed(reference.in_(select(table.c.id).where(matching)))
+    return _indexed(matching) if column is version.c.kind else Clause(matching)
+
+
+def _indexed(matching: ColumnElement[bool]) -> Clause:
+    """A condition on a column of `version` that has an index."""
+    return Clause(matching, select(version.c.id).where(matching))
 
 
 def _compare_column(column: Column[Any], condition: Condition, dialect: str) -> ColumnElement[bool]:
@@ -177,23 +170,28 @@ def _compare_column(column: Column[Any], condition: Condition, dialect: str) -> 
     return _compare(column, condition.op, literal(number, BigInteger if isinstance(number, int) else Double))
 
 
-def matches(pattern: str, dialect: str) -> Named:
+def matches(pattern: str, dialect: str) -> Clause:
     """`namespace/name` with `*` and `?`; without a `/` it is matched against both halves."""
     check_texts(pattern)
     namespace, slash, name = pattern.partition("/")
     if slash:
         halves = _glob(artifact.c.namespace, namespace, dialect), _glob(artifact.c.name, name, dialect)
-        return Named(and_(*halves))
+        return Clause(and_(*halves), on_name=True)
     if set(pattern) & set("*?"):
-        return Named(_glob(artifact.c.namespace + "/" + artifact.c.name, pattern, dialect))
-    return Named(or_(artifact.c.namespace == pattern, artifact.c.name == pattern))
+        return Clause(_glob(artifact.c.namespace + "/" + artifact.c.name, pattern, dialect), on_name=True)
+    return Clause(or_(artifact.c.namespace == pattern, artifact.c.name == pattern), on_name=True)
 
 
-def has_tag(matching: ColumnElement[bool]) -> ColumnElement[bool]:
-    return version.c.id.in_(select(tag.c.version_id).where(matching))
+def of_kind(kind: str) -> Clause:
+    return _indexed(version.c.kind == kind)
 
 
-def is_latest() -> ColumnElement[bool]:
+def tagged(matching: ColumnElement[bool]) -> Clause:
+    hits = select(tag.c.version_id).where(matching)
+    return Clause(version.c.id.in_(hits), hits)
+
+
+def latest() -> Clause:
     """The highest number of its name that is not removed."""
     later = version.alias("later")
     newest = (
@@ -201,10 +199,10 @@ def is_latest() -> ColumnElement[bool]:
         .where(later.c.artifact_id == artifact.c.id, later.c.state == "present")
         .correlate(artifact)
     )
-    return version.c.number == newest.scalar_subquery()
+    return Clause(version.c.number == newest.scalar_subquery(), on_name=True)
 
 
-def on_base(connection: Connection, text: str) -> ColumnElement[bool]:
+def on_base(connection: Connection, text: str) -> Clause:
     """Versions on a base: `ns/name` means any version of it, a pin or tag just one. Without a base it is unknown.
 
     Raises:
@@ -212,10 +210,10 @@ def on_base(connection: Connection, text: str) -> ColumnElement[bool]:
     """
     reference = parse_reference(text)
     if text.removeprefix("registry://") != reference.artifact:
-        return version.c.base_id == resolve(connection, reference).id
+        return _indexed(version.c.base_id == resolve(connection, reference).id)
     base = version.alias("base")
     of_name = base.c.artifact_id == name_id(connection, *parse_artifact(reference.artifact))
-    return version.c.base_id.in_(select(base.c.id).where(of_name))
+    return _indexed(version.c.base_id.in_(select(base.c.id).where(of_name)))
 
 
 def version_order(text: str, condition: Condition | None = None) -> int:
@@ -303,21 +301,30 @@ def _number(condition: Condition) -> int | float:
         raise InvalidQuery(f"'{condition}': {field} is a number, '{shown(condition.value)}' is not") from None
 
 
-def _has_target(condition: Condition, dialect: str) -> ColumnElement[bool]:
+def _has_target(condition: Condition, dialect: str) -> Clause:
     if condition.op not in ("=", "!=", "~"):
         raise InvalidQuery(f"'{condition}': target is one of a version's target modules; use =, != or ~")
     if condition.op == "!=":
         of_config = lora_target.c.lora_config_id == version.c.lora_config_id
         others = exists().where(of_config).correlate(version)  # an adapter without a configuration has no targets
-        return and_(others, ~exists().where(of_config, lora_target.c.target == condition.value).correlate(version))
-    return version.c.lora_config_id.in_(_configs(_compare_text(lora_target.c.target, condition, dialect)))
+        return Clause(
+            and_(others, ~exists().where(of_config, lora_target.c.target == condition.value).correlate(version))
+        )
+    matching = _compare_text(lora_target.c.target, condition, dialect)
+    return _indexed(version.c.lora_config_id.in_(select(lora_target.c.lora_config_id).where(matching)))
 
 
-def _configs(matching: ColumnElement[bool]) -> Select[int]:
-    return select(lora_target.c.lora_config_id).where(matching)
+def _said(table: Table, key: str, *alternatives: ColumnElement[bool]) -> Clause:
+    """A condition on what was said of versions: rows of `metadata` or `metric` with this key that satisfy one of the
+    alternatives. No row satisfies two of them, and an index of the table finds the rows of each."""
+    own = and_(table.c.version_id == version.c.id, table.c.key == key, or_(*alternatives))
+    asked = select(table.c.version_id).where(own).correlate(version).exists()
+    # One SELECT for each: an OR between them would keep SQLite from the index.
+    hits = union_all(*(select(table.c.version_id).where(table.c.key == key, one) for one in alternatives))
+    return Clause(asked, hits, version.c.id.in_(hits))
 
 
-def _metric(condition: Condition) -> Said:
+def _metric(condition: Condition) -> Clause:
     if condition.op == "~":
         raise InvalidQuery(f"'{condition}': '~' compares text, and a metric is a number")
     number = float(_number(condition))
@@ -334,10 +341,10 @@ def _metric(condition: Condition) -> Said:
         beyond = {"<": minus, "<=": minus, ">": plus, ">=": plus, "!=": ~finite}
         if condition.op in beyond:
             alternatives += (beyond[condition.op],)
-    return Said(metric, condition.key, alternatives)
+    return _said(metric, condition.key, *alternatives)
 
 
-def _metadata(condition: Condition, dialect: str) -> Said:
+def _metadata(condition: Condition, dialect: str) -> Clause:
     """As numbers where both are numbers; else as text, and then `<` and `>` see only text beside text."""
     given = parse_metadata_text(condition.value)
     alternatives: tuple[ColumnElement[bool], ...]
@@ -349,4 +356,4 @@ def _metadata(condition: Condition, dialect: str) -> Said:
             alternatives = (as_number, and_(number.is_(None), *alternatives))
         else:
             alternatives = (as_number,)
-    return Said(version_metadata, condition.key, alternatives)
+    return _said(version_metadata, condition.key, *alternatives)

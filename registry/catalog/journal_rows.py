@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, select, tuple_, update
+from sqlalchemy import Connection, Row, Select, and_, delete, select, tuple_
 
 from registry.catalog.names import name_id
 from registry.catalog.rows import batches
-from registry.catalog.tables import artifact, event, version
+from registry.catalog.tables import artifact, event, outbox, version
 from registry.core.event import Event, read_payload
 
 
@@ -48,13 +48,16 @@ def _event(row: Row[Any]) -> Event:
 
 
 def has_pending(connection: Connection) -> bool:
-    return connection.execute(select(event.c.seq).where(~event.c.journaled).limit(1)).first() is not None
+    return connection.execute(select(outbox.c.seq).limit(1)).first() is not None
 
 
 def pending_events(connection: Connection, limit: int) -> list[Event]:
     """Events that are not journaled yet, oldest first within each name."""
     rows = connection.execute(
-        _events().where(~event.c.journaled).order_by(event.c.artifact_id, event.c.seq).limit(limit)
+        _events()
+        .join(outbox, and_(outbox.c.artifact_id == event.c.artifact_id, outbox.c.seq == event.c.seq))
+        .order_by(outbox.c.artifact_id, outbox.c.seq)
+        .limit(limit)
     )
     return [_event(row) for row in rows]
 
@@ -74,13 +77,12 @@ def mark_journaled(connection: Connection, events: Sequence[Event]) -> None:
             )
         }
         for key in batch:
-            wanted = event.c.artifact_id == ids[key], event.c.seq.in_(by_name[key]), ~event.c.journaled
-            # What another process is marking is left to it: two that lock the same rows in two orders would never end.
-            free = select(event.c.seq).where(*wanted).order_by(event.c.seq).with_for_update(skip_locked=True)
-            seqs = connection.execute(free).scalars().all()
+            of_name = outbox.c.artifact_id == ids[key]
+            # What another process takes out is left to it: two that lock the same rows in two orders would never end.
+            free = select(outbox.c.seq).where(of_name, outbox.c.seq.in_(by_name[key]))
+            seqs = connection.scalars(free.order_by(outbox.c.seq).with_for_update(skip_locked=True)).all()
             if seqs:
-                marked = update(event).where(event.c.artifact_id == ids[key], event.c.seq.in_(seqs))
-                connection.execute(marked.values(journaled=True))
+                connection.execute(delete(outbox).where(of_name, outbox.c.seq.in_(seqs)))
 
 
 def events_of(

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import Connection, insert, select, update
 
 from registry.catalog.rows import insert_missing
-from registry.catalog.tables import artifact, event
+from registry.catalog.tables import artifact, event, outbox
 from registry.core.errors import ArtifactNotFound
 from registry.core.event import Event, payload_text
 
@@ -76,9 +76,9 @@ class LockedName:
                 at=self.last_event_at,
                 actor=actor,
                 payload=payload_text(payload),
-                journaled=False,
             )
         )
+        self.connection.execute(insert(outbox).values(artifact_id=self.id, seq=self.last_seq))
         made = Event(
             self.namespace, self.name, self.last_seq, kind, number, tag, self.last_event_at, actor, dict(payload)
         )

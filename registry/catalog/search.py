@@ -3,29 +3,32 @@ statements that are fast without statistics (`benchmarks/catalog_queries.py` mea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, Connection, Select, and_, select
+from sqlalchemy import Column, ColumnElement, Connection, Select, and_, func, select
 
-from registry.catalog import conditions
 from registry.catalog.conditions import (
     COLUMNS,
+    MANY,
     SHARED,
-    Named,
-    Said,
+    Clause,
     check_texts,
-    condition_sql,
-    has_tag,
-    is_latest,
+    clause_of,
+    latest,
     matches,
+    of_kind,
     on_base,
+    tagged,
 )
 from registry.catalog.tables import artifact, metric, tag, version, version_metadata
 from registry.core.query import Condition, SortKey
 from registry.core.reference import LATEST
 
+FEW = 1000
+"""Below so many hits of a condition they are looked at before names are."""
 _MOST = 2**31 - 1
 
 
@@ -59,57 +62,61 @@ def find_ids(connection: Connection, search: Search) -> list[int]:
     """
     if search.sort is not None:
         check_texts(search.sort.key)
-    satisfied, named = _satisfied(connection, search)
-    walked = search.limit is not None
-    if satisfied and walked:
-        # Few are listed and then sorted. Many are walked in order until there are enough.
-        some = _some(connection, satisfied, named)
-        if len(some) <= conditions.FEW:
-            satisfied, named, walked = [version.c.id.in_(some)], False, False
-    by_name = search.sort is None or search.sort.field == "name"
-    statement = _joined(connection, names_first=named or (walked and by_name)).where(*satisfied)
+    statement = _statement(connection, search)
     if search.sort is not None and search.sort.field == "metric":
         return _by_metric(connection, statement, search.sort, search.limit)
     return _ids(connection, _sorted(statement, search.sort), search.limit)
 
 
-def _satisfied(connection: Connection, search: Search) -> tuple[list[ColumnElement[bool]], bool]:
-    """The conditions, and whether one is on names."""
-    made: list[ColumnElement[bool] | Said | Named] = []
-    if search.pattern is not None:
-        made.append(matches(search.pattern, connection.dialect.name))
-    if search.kind is not None:
-        made.append(version.c.kind == search.kind)
-    if search.tag is not None:
-        made.append(Named(is_latest()) if search.tag == LATEST else has_tag(tag.c.name == search.tag))
-    if search.base is not None:
-        made.append(on_base(connection, search.base))
-    made += [condition_sql(connection, condition) for condition in search.where]
-    satisfied = []
-    for one in made:
-        if isinstance(one, Said):
-            satisfied.append(one.as_list() if one.is_rare(connection) else one.asked_each())
-        else:
-            satisfied.append(one.matching if isinstance(one, Named) else one)
-    return satisfied, any(isinstance(one, Named) for one in made)
+def _statement(connection: Connection, search: Search) -> Select[int]:
+    """Present versions with their names that satisfy the search, in the form that is likely to be quick.
 
-
-def _some(connection: Connection, satisfied: Sequence[ColumnElement[bool]], named: bool) -> Sequence[int]:
-    """Ids that satisfy the conditions, in no order, and one more than are few at most."""
-    statement = _joined(connection, names_first=True) if named else select(version.c.id)
-    found = statement.where(version.c.state == "present", *satisfied).limit(conditions.FEW + 1)
-    return connection.execute(found).scalars().all()
-
-
-def _joined(connection: Connection, *, names_first: bool) -> Select[int]:
-    """Present versions with their names."""
+    Either hits are found by an index and then sorted, which takes as long as there are many; or versions are walked in
+    order and asked one by one until there are enough, which takes as long as hits are rare.
+    """
+    clauses = _clauses(connection, search)
+    counts = [clause.count(connection) for clause in clauses]
+    asked = [clause.asked for clause in clauses]
+    walked = search.limit is not None and _is_walked(connection, search.limit, clauses, counts)
+    least = min((count for count in counts if count is not None), default=MANY)
+    if not walked and least < MANY:
+        first = counts.index(least)
+        listed = clauses[first].listed
+        asked[first] = asked[first] if listed is None else listed
     artifact_id: ColumnElement[int] = artifact.c.id
+    by_name = search.sort is None or search.sort.field == "name"
+    names_first = (walked and by_name) or (least >= FEW and any(clause.on_name for clause in clauses))
     if names_first and connection.dialect.name == "sqlite":
-        # Without statistics SQLite would go through all versions, and look up the name of each. The sum keeps it from
+        # Without statistics SQLite would go through all versions and look up the name of each. The sum keeps it from
         # that, and so it begins with the names.
         artifact_id = artifact.c.id + 0
     named = select(version.c.id).join(artifact, artifact_id == version.c.artifact_id)
-    return named.where(version.c.state == "present")
+    return named.where(version.c.state == "present", *asked)
+
+
+def _is_walked(connection: Connection, limit: int, clauses: Sequence[Clause], counts: Sequence[int | None]) -> bool:
+    """Whether a walk meets enough hits before a list of all of them would be sorted.
+
+    It goes through as many versions as the limit is more than the share of hits among all.
+    """
+    if any(count is None and not clause.on_name for clause, count in zip(clauses, counts, strict=True)):
+        return False
+    total = connection.execute(select(func.max(version.c.id))).scalar() or 1
+    hits = total * math.prod(min(count / total, 1.0) for count in counts if count is not None)
+    return hits * hits >= limit * total
+
+
+def _clauses(connection: Connection, search: Search) -> list[Clause]:
+    made = []
+    if search.pattern is not None:
+        made.append(matches(search.pattern, connection.dialect.name))
+    if search.kind is not None:
+        made.append(of_kind(search.kind))
+    if search.tag is not None:
+        made.append(latest() if search.tag == LATEST else tagged(tag.c.name == search.tag))
+    if search.base is not None:
+        made.append(on_base(connection, search.base))
+    return [*made, *(clause_of(connection, condition) for condition in search.where)]
 
 
 def _by_metric(connection: Connection, statement: Select[int], sort: SortKey, limit: int | None) -> list[int]:

@@ -322,7 +322,6 @@ event = Table(
     _at("at"),
     Column("actor", Text, nullable=False),
     Column("payload", Text, nullable=False, comment="JSON; its form is a matter of the kind, see docs/format.md"),
-    Column("journaled", Boolean, nullable=False, comment="false: the journal object is still to be written"),
     CheckConstraint("seq >= 1", "seq"),
     _one_of(
         "kind",
@@ -340,14 +339,16 @@ event = Table(
     ),
     Index(None, "version_id", "seq"),
     Index("ix_event_tag", "artifact_id", "tag", "seq"),
-    Index(
-        "ix_event_outbox",
-        "artifact_id",
-        "seq",
-        # As SQLAlchemy writes it: SQLite compares the words. The revision makes the index partial on PostgreSQL too; to
-        # say so here would import that dialect in every process, a sixth of the time of `registry list`.
-        sqlite_where=text("journaled = 0"),
-    ),
+)
+
+outbox = Table(
+    "outbox",
+    metadata,
+    Column("artifact_id", BigId, primary_key=True, autoincrement=False),
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    ForeignKeyConstraint(["artifact_id", "seq"], ["event.artifact_id", "event.seq"]),
+    comment="events whose journal object is still to be written",
+    **_WITHOUT_ROWID,
 )
 
 lineage = Table(

@@ -81,7 +81,7 @@ def list_command(options: Options, /, where: tuple[str, ...], sort: str | None, 
         emit_json([version_document(version) for version in versions])
     elif versions:
         asked = asked_for(where, sort)
-        columns = (*COLUMNS, *(Column(f"{field}.{key}", right=field == "metric", least=8) for field, key in asked))
+        columns = (*COLUMNS, *(Column(key, right=field == "metric", least=6) for field, key in asked))
         room = width()
         rows = [row(version, asked) for version in versions]
         if room is not None and natural_width(columns, rows) > room:

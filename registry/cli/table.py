@@ -50,14 +50,15 @@ def _fitted(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int
     from rich.table import Table
     from rich.text import Text
 
-    gap = GAP if natural_width(columns, rows) <= width else 1
+    natural = _natural(columns, rows)
+    gap = GAP if sum(natural) + GAP * (len(columns) - 1) <= width else 1
     table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
-    for column in columns:
+    for column, wanted in zip(columns, natural, strict=True):
         table.add_column(
             Text(column.header),
             justify="right" if column.right else "left",
             no_wrap=not column.least,
-            min_width=column.least or None,
+            min_width=min(column.least, wanted) if column.least else wanted,
             overflow="fold",
         )
     for row in rows:

@@ -118,9 +118,13 @@ def test_values_of_any_size_leave_the_outbox(pushed: Registry) -> None:
     pushed.annotate(NAME, metrics={"flops": 1e17, "more": 123456789012345680.0}, metadata={"n": 2**60})
     context = pushed._context
     with context.database.writing() as connection:
-        from registry.catalog.tables import event
+        from sqlalchemy import select
 
-        connection.execute(event.update().values(journaled=False))
+        from registry.catalog.tables import event, outbox
+
+        connection.execute(
+            outbox.insert().from_select(["artifact_id", "seq"], select(event.c.artifact_id, event.c.seq))
+        )
     assert context.flush_outbox() == len(pushed.events(NAME))
 
 

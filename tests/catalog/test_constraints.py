@@ -67,9 +67,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     ],
     "tag": [{"artifact_id": 1, "name": "prod", "version_id": 1, "protected": False, "moved_at": NOW}],
     "event": [
-        {"artifact_id": 1, "seq": 1, "kind": "pushed", "version_id": 1, "at": NOW}
-        | {"actor": "me", "payload": "{}", "journaled": False}
+        {"artifact_id": 1, "seq": seq, "kind": "pushed", "version_id": 1, "at": NOW, "actor": "me", "payload": "{}"}
+        for seq in (1, 2)
     ],
+    "outbox": [{"artifact_id": 1, "seq": 1}],
     "lineage": [{"child_id": 2, "parent_id": 1, "relation": "merged_from", "weight": 0.5}],
     "metadata": [{"version_id": 1, "key": "k", "text_value": "1", "number_value": 1.0}],
     "metric": [{"version_id": 1, "key": "k", "value": 1.0, "kind": "finite", "step": 1, "at": NOW}],
@@ -160,7 +161,8 @@ NEXT: dict[str, dict[str, Any]] = {
     "version_blob": {"position": 1},
     "version_file": {"path": "g"},
     "tag": {"name": "best"},
-    "event": {"seq": 2},
+    "event": {"seq": 3},
+    "outbox": {"seq": 2},
     "lineage": {"child_id": 4},
     "metadata": {"key": "l"},
     "metric": {"key": "l"},

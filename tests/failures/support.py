@@ -127,7 +127,7 @@ def whole(registry: Registry, root: Path, reference: str) -> None:
 def pending_events(root: Path) -> int:
     """Events in the outbox."""
     with closing(sqlite3.connect(f"file:{root}/catalog.sqlite?mode=ro", uri=True)) as catalog:
-        (count,) = catalog.execute("SELECT count(*) FROM event WHERE NOT journaled").fetchone()
+        (count,) = catalog.execute("SELECT count(*) FROM outbox").fetchone()
     return int(count)
 
 

@@ -428,7 +428,7 @@ class TestTheOutbox:
     def test_is_emptied_although_half_of_it_had_been_written(self, unjournaled: Path) -> None:
         Registry.open(unjournaled).close()
         with closing(sqlite3.connect(unjournaled / "catalog.sqlite")) as catalog, catalog:
-            catalog.execute("UPDATE event SET journaled = 0")
+            catalog.execute("INSERT OR IGNORE INTO outbox SELECT artifact_id, seq FROM event")
         self.entry(unjournaled, 2).unlink()
         with Registry.open(unjournaled) as registry:
             whole(registry, unjournaled, "walk/new")

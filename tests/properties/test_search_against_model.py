@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import insert
 
-from registry.catalog import conditions, tables
+from registry.catalog import search as searching
+from registry.catalog import tables
 from registry.catalog.conditions import version_order
 from registry.catalog.engine import Database, open_database
 from registry.catalog.search import Search, find_ids
@@ -438,36 +439,37 @@ def database(request: pytest.FixtureRequest, catalogs: Catalogs) -> Iterator[Dat
     made.close()
 
 
-def agree(database: Database, search: dict[str, Any], few: int) -> None:
+def agree(database: Database, search: dict[str, Any], walked: bool) -> None:
     texts = [f"{name} {op} {quoted(value)}" for name, op, value in search["where"]]
     sort = None if search["sort"] is None else parse_sort(search["sort"])
     asked = Search(**{**search, "where": parse_where(texts), "sort": sort})
     with pytest.MonkeyPatch.context() as patch, database.reading() as connection:
-        patch.setattr(conditions, "FEW", few)
+        patch.setattr(searching, "_is_walked", lambda *_: walked)
         found = find_ids(connection, asked)
     assert found == found_by_model(search), (texts, search)
 
 
 @settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
-@given(search=searches, few=st.sampled_from((3, 1000)))
-def test_any_search_finds_what_the_model_finds(database: Database, search: dict[str, Any], few: int) -> None:
-    """`few` chooses between the two forms in which metadata and metrics are asked for."""
-    agree(database, search, few)
+@given(search=searches, walked=st.booleans())
+def test_any_search_finds_what_the_model_finds(database: Database, search: dict[str, Any], walked: bool) -> None:
+    """`walked` chooses between the two forms of the statement."""
+    agree(database, search, walked)
 
 
 NOTHING: dict[str, Any] = dict.fromkeys(("pattern", "tag", "kind", "base", "sort", "limit")) | {"where": []}
 
 
 @settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
-@given(condition=where(), few=st.sampled_from((3, 1000)))
+@given(condition=where(), walked=st.booleans())
 def test_any_single_condition_finds_what_the_model_finds(
-    database: Database, condition: tuple[str, str, str], few: int
+    database: Database, condition: tuple[str, str, str], walked: bool
 ) -> None:
-    agree(database, {**NOTHING, "where": [condition]}, few)
+    agree(database, {**NOTHING, "where": [condition]}, walked)
 
 
 @pytest.mark.parametrize("name", [*sorted(SORTABLE), "meta.k", "meta.none", "metric.m", "metric.none"])
 def test_every_field_sorts_both_ways(database: Database, name: str) -> None:
     for direction in ("", "-"):
         for limit in (None, 0, 1, 30, 1000):
-            agree(database, {**NOTHING, "sort": direction + name, "limit": limit}, 1000)
+            for walked in (False, True):
+                agree(database, {**NOTHING, "sort": direction + name, "limit": limit}, walked)
