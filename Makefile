@@ -40,10 +40,8 @@ lint: $(READY) ## ruff, mypy, import-linter, and models against migrations
 	alembic="$(BIN)/alembic -x registry=$$folder/catalog.sqlite"; \
 	$$alembic upgrade head; $$alembic check; $$alembic downgrade base
 
-bench: $(READY) ## Every benchmarks/*.py
-	shopt -s nullglob; found=(benchmarks/*.py); \
-	for script in "$${found[@]}"; do echo "== $$script"; $(BIN)/python "$$script"; done; \
-	if [ $${#found[@]} = 0 ]; then echo "no benchmarks/*.py yet"; fi
+bench: $(READY) ## Every script in benchmarks/: ratios to a peer or a bare lower bound
+	for script in benchmarks/*.py; do echo "== $$script"; PYTHONPATH=. $(BIN)/python "$$script"; done
 
 docs: $(READY) ## Runs every example in README.md and docs/
 	$(BIN)/python -m pytest tests/docs

@@ -160,7 +160,9 @@ def main() -> None:
     say("A full checkpoint costs what is new in it")
     pushed = registry.push(model, "minilm/full", kind="checkpoint", base="minilm/base:v1")
     share = pushed.bytes_new / pushed.bytes_total
-    print(f"{pushed.reference}: {mebibytes(pushed.bytes_total)} pushed, {mebibytes(pushed.bytes_new)} new ({share:.1%})")
+    print(
+        f"{pushed.reference}: {mebibytes(pushed.bytes_total)} pushed, {mebibytes(pushed.bytes_new)} new ({share:.1%})"
+    )
     destination = FOLDER.parent / "full.safetensors"
     pulled = registry.pull("minilm/full", destination, force=True)
     print(f"pulled again, sha256 proven: {mebibytes(pulled.bytes)}")

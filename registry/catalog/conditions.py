@@ -67,8 +67,6 @@ COLUMNS: dict[str, Column[Any]] = {
 SHARED: dict[FromClause, Column[Any]] = {lora_config: version.c.lora_config_id, layout: version.c.layout_id}
 """Tables with a row for many versions, and the column that leads there."""
 
-MANY = 20_000
-"""As far as hits are counted, which takes 1 ms."""
 MAX_VALUE = 1000
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 _VERSION = re.compile(r"([0-9]{1,6})(?:\.([0-9]{1,6}))?(?:\.([0-9]{1,6}))?(?![0-9])")
@@ -90,11 +88,11 @@ class Clause:
     listed: ColumnElement[bool] | None = None
     on_name: bool = False
 
-    def count(self, connection: Connection) -> int | None:
-        """Hits, and `MANY` for more; None where only a walk through all versions would tell."""
+    def count(self, connection: Connection, *, most: int) -> int | None:
+        """Hits, and `most` for more; None where only a walk through all versions would tell."""
         if self.hits is None:
             return None
-        some = self.hits.limit(MANY).subquery()
+        some = self.hits.limit(most).subquery()
         found: int = connection.execute(select(func.count()).select_from(some)).scalar_one()
         return found
 

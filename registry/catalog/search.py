@@ -12,7 +12,6 @@ from sqlalchemy import Column, ColumnElement, Connection, Select, and_, func, se
 
 from registry.catalog.conditions import (
     COLUMNS,
-    MANY,
     SHARED,
     Clause,
     check_texts,
@@ -72,20 +71,25 @@ def _statement(connection: Connection, search: Search) -> Select[int]:
     """Present versions with their names that satisfy the search, in the form that is likely to be quick.
 
     Either hits are found by an index and then sorted, which takes as long as there are many; or versions are walked in
-    order and asked one by one until there are enough, which takes as long as hits are rare.
+    order and asked one by one until there are enough, which takes as long as hits are rare. The two meet where hits are
+    the root of the limit times all versions.
     """
     clauses = _clauses(connection, search)
-    counts = [clause.count(connection) for clause in clauses]
     asked = [clause.asked for clause in clauses]
-    walked = search.limit is not None and _is_walked(connection, search.limit, clauses, counts)
-    least = min((count for count in counts if count is not None), default=MANY)
-    if not walked and least < MANY:
-        first = counts.index(least)
+    total: int = connection.execute(select(func.max(version.c.id))).scalar() or 1
+    enough = math.isqrt(total * min(total, search.limit or 100))
+    counts = [clause.count(connection, most=2 * enough + FEW) for clause in clauses]
+    known = all(count is not None or clause.on_name for clause, count in zip(clauses, counts, strict=True))
+    walked = search.limit is not None and known and _expected(total, counts) >= enough
+    rare = {place: count for place, count in enumerate(counts) if count is not None and count < enough}
+    if rare and not walked:
+        first = min(rare, key=rare.__getitem__)
         listed = clauses[first].listed
         asked[first] = asked[first] if listed is None else listed
     artifact_id: ColumnElement[int] = artifact.c.id
     by_name = search.sort is None or search.sort.field == "name"
-    names_first = (walked and by_name) or (least >= FEW and any(clause.on_name for clause in clauses))
+    few = any(count < FEW for count in rare.values())
+    names_first = (walked and by_name) or (not few and any(clause.on_name for clause in clauses))
     if names_first and connection.dialect.name == "sqlite":
         # Without statistics SQLite would go through all versions and look up the name of each. The sum keeps it from
         # that, and so it begins with the names.
@@ -94,16 +98,9 @@ def _statement(connection: Connection, search: Search) -> Select[int]:
     return named.where(version.c.state == "present", *asked)
 
 
-def _is_walked(connection: Connection, limit: int, clauses: Sequence[Clause], counts: Sequence[int | None]) -> bool:
-    """Whether a walk meets enough hits before a list of all of them would be sorted.
-
-    It goes through as many versions as the limit is more than the share of hits among all.
-    """
-    if any(count is None and not clause.on_name for clause, count in zip(clauses, counts, strict=True)):
-        return False
-    total = connection.execute(select(func.max(version.c.id))).scalar() or 1
-    hits = total * math.prod(min(count / total, 1.0) for count in counts if count is not None)
-    return hits * hits >= limit * total
+def _expected(total: int, counts: Sequence[int | None]) -> float:
+    """Hits of all conditions together, as if one said nothing of another."""
+    return total * math.prod(min(count / total, 1.0) for count in counts if count is not None)
 
 
 def _clauses(connection: Connection, search: Search) -> list[Clause]:

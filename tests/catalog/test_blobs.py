@@ -48,7 +48,9 @@ def layout(*sizes: int) -> Layout:
     return Layout(tuple(TensorSpec(f"t{place}", "U8", (size,)) for place, size in enumerate(sizes)))
 
 
-def blob(connection: Connection, name: str, its_layout: Layout, tensors: list[str], *, all_of_it: bool = True) -> NewBlob:
+def blob(
+    connection: Connection, name: str, its_layout: Layout, tensors: list[str], *, all_of_it: bool = True
+) -> NewBlob:
     made = NewBlob(digest(name), its_layout.nbytes, its_layout, tuple(tensors), all_of_it)
     layouts = register_layouts(connection, [(its_layout, ())])
     register_blobs(connection, [made], layouts, NOW)

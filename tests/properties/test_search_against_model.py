@@ -444,7 +444,7 @@ def agree(database: Database, search: dict[str, Any], walked: bool) -> None:
     sort = None if search["sort"] is None else parse_sort(search["sort"])
     asked = Search(**{**search, "where": parse_where(texts), "sort": sort})
     with pytest.MonkeyPatch.context() as patch, database.reading() as connection:
-        patch.setattr(searching, "_is_walked", lambda *_: walked)
+        patch.setattr(searching, "_expected", lambda *_: math.inf if walked else 0)
         found = find_ids(connection, asked)
     assert found == found_by_model(search), (texts, search)
 
