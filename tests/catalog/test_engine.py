@@ -42,7 +42,6 @@ from tests.catalog.artifacts import tensor_file
 from tests.catalog.fixtures import Catalogs
 
 NAME = "team/walk"
-NOBODY = 65534
 only_sqlite = pytest.mark.parametrize("kind", ["sqlite"])
 only_postgresql = pytest.mark.parametrize("kind", ["postgresql"])
 
@@ -240,7 +239,7 @@ def test_a_server_that_cuts_a_connection_is_reached_again(
     registry.push(tensor_file(tmp_path, 1), NAME)
     with psycopg.connect(registry_url, autocommit=True) as admin:
         admin.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
             " AND datname = current_database()"
         )
     assert registry.get(NAME).version == 1
@@ -249,7 +248,7 @@ def test_a_server_that_cuts_a_connection_is_reached_again(
     def cut_in_the_middle() -> None:
         with database.reading() as connection, psycopg.connect(registry_url, autocommit=True) as admin:
             pid = connection.execute(text("SELECT pg_backend_pid()")).scalar()
-            admin.execute("SELECT pg_terminate_backend(%s)", [pid])
+            admin.execute("SELECT pg_terminate_backend(%s, 10000)", [pid])
             connection.execute(text("SELECT 1"))
 
     with pytest.raises(StoreUnreachable, match="cannot reach"):
@@ -418,9 +417,11 @@ def test_a_fork_waits_for_a_transaction_of_another_thread(kind: str, database: D
 
 READER = """
 import os, sys
-from registry import Registry                       # what root can read may be closed to the user below
-import registry.catalog.contents, registry.operations.push, registry.formats.paths
+from registry import Registry
+with Registry.open(sys.argv[1]) as opened:  # as root, because what this imports may be closed to the user below
+    opened.find()
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
+print("ready", flush=True)
 from registry.core.errors import ReadOnly
 for line in sys.stdin:
     try:
@@ -445,13 +446,17 @@ class Reader:
         self._process = subprocess.Popen(
             [sys.executable, "-c", READER, registry_url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        assert self._line() == "ready"
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
 
     def look(self) -> tuple[str, str]:
         """What it finds now, and what a write says."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         print("look", file=self._process.stdin, flush=True)
-        return self._process.stdout.readline().strip(), self._process.stdout.readline().strip()
+        return self._line(), self._line()
 
     def close(self) -> None:
         self._process.communicate(timeout=60)

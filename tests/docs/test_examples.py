@@ -61,7 +61,7 @@ def test_every_example_runs_and_prints_what_is_shown(
     for kind, body in found:
         if kind == "python":
             exec(compile(body, document, "exec"), namespace)
-            shown = [line.partition("#> ")[2] for line in body.splitlines() if "#> " in line]
+            shown = [line.partition("# -> ")[2] for line in body.splitlines() if "# -> " in line]
             assert normal(capsys.readouterr().out) == [line for text in shown for line in normal(text)]
             continue
         for command, shown_output in commands(body):
