@@ -194,7 +194,9 @@ class Registry:
             kind: by default `adapter` where there are adapter tensors without a base, `checkpoint`
                 where there are both, else `base`. `checkpoint` takes the whole of a PeftModel.
             message: one line on why.
-            continued_from: the version whose training this one continues.
+            continued_from: the version whose training this one continues. Name it by number: `ns/name` alone is
+                the latest version at the time, so the same push again would have another parent, and be another
+                version.
             parents: further lineage, (relation, reference, weight or None).
             adapter_name: which adapter of a live model; its active one by default.
 
@@ -229,7 +231,7 @@ class Registry:
         Raises:
             InvalidReference, ArtifactNotFound, VersionNotFound, TagNotFound
         """
-        return inspect.get(self._context, reference).record.reference
+        return inspect.pinned(self._context, reference)
 
     def get(self, reference: str) -> Version:
         """The version that a reference names.
@@ -349,33 +351,47 @@ class Registry:
 
         return load(self._context, reference, model, component=component, adapter_name=adapter_name, strict=strict)
 
-    def tag(self, reference: str, tag: str, *, why: str | None = None, expected: int | None = None) -> Version:
+    def tag(
+        self, reference: str, tag: str, *, why: str | None = None, expected: int | None = None, protect: bool = False
+    ) -> Version:
         """Points a tag at a version; the move is recorded.
 
         Args:
             expected: number that the tag must point to before; 0: it must not exist yet.
+            protect: protect the tag there, in the same step.
+
+        Returns:
+            The version that now has the tag.
 
         Raises:
             TagProtected, TagMoved, InvalidReference, NotFound
         """
-        tagging.move_tag(self._context, reference, tag, why=why, expected=expected)
-        return self.get(reference)
+        key, _ = tagging.move_tag(self._context, reference, tag, why=why, expected=expected, protect=protect)
+        return as_version(inspect.get_key(self._context, key))
 
-    def protect_tag(self, name: str, tag: str, *, on: bool = True, why: str | None = None) -> bool:
+    def protect_tag(
+        self, name: str, tag: str, *, on: bool = True, why: str | None = None, expected: int | None = None
+    ) -> bool:
         """Protects a tag against moves and deletion, or lifts that; True where it changed anything.
 
-        Raises:
-            TagNotFound, ArtifactNotFound
-        """
-        return tagging.protect_tag(self._context, name, tag, on=on, why=why)
+        Args:
+            expected: number that the tag must point to.
 
-    def delete_tag(self, name: str, tag: str, *, why: str | None = None) -> None:
+        Raises:
+            TagNotFound, TagMoved, ArtifactNotFound
+        """
+        return tagging.protect_tag(self._context, name, tag, on=on, why=why, expected=expected)
+
+    def delete_tag(self, name: str, tag: str, *, why: str | None = None, expected: int | None = None) -> None:
         """Deletes a tag; its history stays.
 
+        Args:
+            expected: number that the tag must point to.
+
         Raises:
-            TagNotFound, TagProtected, ArtifactNotFound
+            TagNotFound, TagMoved, TagProtected, ArtifactNotFound
         """
-        tagging.delete_tag(self._context, name, tag, why=why)
+        tagging.delete_tag(self._context, name, tag, why=why, expected=expected)
 
     def tag_history(self, name: str, tag: str) -> list[Event]:
         """Every move, protection and deletion of a tag, oldest first.
@@ -416,8 +432,8 @@ class Registry:
         Raises:
             InvalidInput, InvalidReference, NotFound
         """
-        annotate.annotate(self._context, reference, metadata=metadata or {}, metrics=metrics or {}, step=step)
-        return self.get(reference)
+        key = annotate.annotate(self._context, reference, metadata=metadata or {}, metrics=metrics or {}, step=step)
+        return as_version(inspect.get_key(self._context, key))
 
 
 def as_version(found: Found) -> Version:

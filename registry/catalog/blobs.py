@@ -38,10 +38,11 @@ class NewBlob:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where one tensor lies: the blob's digest and the tensor's ordinal there."""
+    """Where one tensor lies: the blob's digest, the tensor's ordinal there, and the blob's size in bytes."""
 
     blob: str
     ordinal: int
+    blob_size: int
 
 
 def register_layouts(connection: Connection, layouts: Iterable[tuple[Layout, Sequence[Target]]]) -> dict[str, int]:
@@ -189,7 +190,12 @@ def _index_tensors(connection: Connection, blob_id: int, new: NewBlob) -> None:
             rows.setdefault(index_prefix(digest), ordinal)
     for batch in batches(sorted(rows)):
         # One holder a tensor: a digest that thousands of blobs share (a matrix of zeros) stays one row.
-        known = set(connection.execute(select(tensor_index.c.prefix).where(tensor_index.c.prefix.in_(batch))).scalars())
+        held = (
+            select(tensor_index.c.prefix)
+            .join(blob, blob.c.id == tensor_index.c.blob_id)
+            .where(tensor_index.c.prefix.in_(batch), blob.c.state == "present")
+        )
+        known = set(connection.scalars(held))
         insert_missing(
             connection,
             tensor_index,
@@ -215,9 +221,9 @@ def find_tensors(connection: Connection, digests: Iterable[str]) -> dict[str, St
     stored = _tensors_of_blobs(connection, {blob_id for _, blob_id, _ in hits})
     found = {}
     for digest, blob_id, ordinal in hits:
-        blob_digest, digests_there = stored[blob_id]
+        blob_digest, size, digests_there = stored[blob_id]
         if digests_there[ordinal] == digest:
-            found[digest] = StoredTensor(blob_digest, ordinal)
+            found[digest] = StoredTensor(blob_digest, ordinal, size)
     return found
 
 
@@ -229,7 +235,7 @@ def find_together(connection: Connection, digests: Sequence[str]) -> list[dict[s
     together = []
     for batch in batches(sorted(named)):
         rows = connection.execute(
-            select(blob.c.digest, blob_tensors.c.digests)
+            select(blob.c.digest, blob.c.size, blob_tensors.c.digests)
             .join(blob_tensors, blob_tensors.c.blob_id == blob.c.id)
             .where(blob.c.digest.in_(batch))
             .order_by(blob.c.digest)
@@ -238,13 +244,13 @@ def find_together(connection: Connection, digests: Sequence[str]) -> list[dict[s
             held: dict[str, StoredTensor] = {}
             for ordinal, digest in enumerate(unpack_digests(bytes(row.digests))):
                 if digest in wanted:
-                    held.setdefault(digest, StoredTensor(row.digest, ordinal))
+                    held.setdefault(digest, StoredTensor(row.digest, ordinal, row.size))
             together.append(held)
     return together
 
 
 def tensors_of_version(connection: Connection, version_id: int) -> dict[str, StoredTensor]:
-    """Every tensor of a version by digest, with where it lies."""
+    """Every tensor of a version by digest, with where it lies; what `gc` is deleting is left out."""
     positions = {
         row.position: row.blob_id
         for row in connection.execute(
@@ -260,18 +266,21 @@ def tensors_of_version(connection: Connection, version_id: int) -> dict[str, Sto
     ):
         entries = unpack_entries(bytes(row.placement))
         for digest, (position, ordinal) in zip(unpack_digests(bytes(row.digests)), entries, strict=True):
-            found.setdefault(digest, StoredTensor(stored[positions[position]][0], ordinal))
+            if positions[position] in stored:
+                blob_digest, size, _ = stored[positions[position]]
+                found.setdefault(digest, StoredTensor(blob_digest, ordinal, size))
     return found
 
 
-def _tensors_of_blobs(connection: Connection, blob_ids: Iterable[int]) -> dict[int, tuple[str, tuple[str, ...]]]:
+def _tensors_of_blobs(connection: Connection, blob_ids: Iterable[int]) -> dict[int, tuple[str, int, tuple[str, ...]]]:
+    """(digest, size, tensor digests) of those blobs that are present."""
     found = {}
     for batch in batches(sorted(blob_ids)):
         rows = connection.execute(
-            select(blob.c.id, blob.c.digest, blob_tensors.c.digests)
+            select(blob.c.id, blob.c.digest, blob.c.size, blob_tensors.c.digests)
             .join(blob_tensors, blob_tensors.c.blob_id == blob.c.id)
-            .where(blob.c.id.in_(batch))
+            .where(blob.c.id.in_(batch), blob.c.state == "present")
         )
         for row in rows:
-            found[row.id] = (row.digest, unpack_digests(bytes(row.digests)))
+            found[row.id] = (row.digest, row.size, unpack_digests(bytes(row.digests)))
     return found

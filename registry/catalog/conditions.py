@@ -33,7 +33,7 @@ from registry.catalog.names import name_id
 from registry.catalog.tables import artifact, layout, lora_config, lora_target, metric, tag, version, version_metadata
 from registry.catalog.versions import resolve
 from registry.core.annotations import MetadataValue, check_text, parse_metadata_text
-from registry.core.errors import InvalidInput, InvalidQuery
+from registry.core.errors import InvalidInput, InvalidQuery, InvalidReference
 from registry.core.query import FIELDS, Condition, Operator
 from registry.core.reference import parse_artifact, parse_moment, parse_reference, shown
 
@@ -272,7 +272,12 @@ def _compare_boolean(column: ColumnElement[Any], condition: Condition) -> Column
 
 
 def _compare_time(column: ColumnElement[Any], condition: Condition) -> ColumnElement[bool]:
-    moment = parse_moment(condition.value, str(condition))
+    try:
+        moment = parse_moment(condition.value, str(condition))
+    except InvalidReference as error:
+        raise InvalidQuery(
+            f"'{condition}': {shown(condition.value)} is not a date or time such as 2026-11-01"
+        ) from error
     if condition.op in ("=", "!=") and _is_date(condition.value):
         within = column >= moment
         if moment.date() < date.max:

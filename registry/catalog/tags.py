@@ -48,12 +48,7 @@ def move(
     """
     at = name.time_of_event(at)
     there = current(name, tag_name)
-    if expected is not None and (there[1] if there else 0) != expected:
-        found = f"@{there[1]}" if there else "nothing"
-        raise TagMoved(
-            f"{name.reference}:{tag_name} points to {found}, expected "
-            f"{f'@{expected}' if expected else 'nothing'}; somebody moved it: look again and repeat"
-        )
+    _check_expected(name, tag_name, there, expected)
     if there is None:
         name.connection.execute(
             insert(tag).values(artifact_id=name.id, name=tag_name, version_id=to.id, protected=False, moved_at=at)
@@ -80,8 +75,24 @@ def protected(reference: str, tag_name: str, number: int) -> TagProtected:
     )
 
 
+def _check_expected(name: LockedName, tag_name: str, there: tuple[int, int, bool] | None, expected: int | None) -> None:
+    if expected is not None and (there[1] if there else 0) != expected:
+        found = f"@{there[1]}" if there else "nothing"
+        raise TagMoved(
+            f"{name.reference}:{tag_name} points to {found}, expected "
+            f"{f'@{expected}' if expected else 'nothing'}; somebody moved it: look again and repeat"
+        )
+
+
 def protect(
-    name: LockedName, tag_name: str, *, on: bool, actor: str, at: datetime, why: str | None = None
+    name: LockedName,
+    tag_name: str,
+    *,
+    on: bool,
+    actor: str,
+    at: datetime,
+    why: str | None = None,
+    expected: int | None = None,
 ) -> Event | None:
     """Protects a tag, or lifts the protection.
 
@@ -90,10 +101,12 @@ def protect(
 
     Raises:
         TagNotFound
+        TagMoved: it does not point to `expected`.
     """
     there = current(name, tag_name)
     if there is None:
         raise TagNotFound(f"{name.reference} has no tag {tag_name}")
+    _check_expected(name, tag_name, there, expected)
     if there[2] == on:
         return None
     name.connection.execute(
@@ -103,15 +116,25 @@ def protect(
     return name.append(kind, {"why": why}, actor=actor, at=at, version=there[:2], tag=tag_name)
 
 
-def remove(name: LockedName, tag_name: str, *, actor: str, at: datetime, why: str | None = None) -> Event:
+def remove(
+    name: LockedName,
+    tag_name: str,
+    *,
+    actor: str,
+    at: datetime,
+    why: str | None = None,
+    expected: int | None = None,
+) -> Event:
     """Deletes a tag; its history stays.
 
     Raises:
         TagNotFound, TagProtected
+        TagMoved: it does not point to `expected`.
     """
     there = current(name, tag_name)
     if there is None:
         raise TagNotFound(f"{name.reference} has no tag {tag_name}")
+    _check_expected(name, tag_name, there, expected)
     if there[2]:
         raise protected(name.reference, tag_name, there[1])
     name.connection.execute(delete(tag).where(tag.c.artifact_id == name.id, tag.c.name == tag_name))

@@ -1,4 +1,4 @@
-"""Versions: making one, finding the one that a reference names, and reading them as records."""
+"""Versions: finding the one that a reference names, and reading them as records."""
 
 from __future__ import annotations
 
@@ -89,6 +89,11 @@ def version_by_digest(connection: Connection, artifact_id: int, digest: str) -> 
         )
     ).one_or_none()
     return None if row is None else VersionKey(*row)
+
+
+def kind_of_version(connection: Connection, version_id: int) -> str:
+    kind: str = connection.execute(select(version.c.kind).where(version.c.id == version_id)).scalar_one()
+    return kind
 
 
 def same_content(connection: Connection, artifact_id: int, content_digest: str, below: int) -> int | None:

@@ -87,7 +87,7 @@ def list_command(options: Options, /, where: tuple[str, ...], sort: str | None, 
         if room is not None and natural_width(columns, rows) > room:
             rows = [row(version, asked, short=True) for version in versions]
         emit_lines(table_lines(columns, rows, room))
-    else:
+    elif keywords["limit"] != 0:
         message("no version is like that" if where or any(keywords.values()) else "no versions yet")
 
 

@@ -85,9 +85,10 @@ def _history(registry: Registry, name: str, tag: str) -> list[Event]:
 
 
 def _change(registry: Registry, ref: str, name: str, tag: str, action: str | None, why: str | None) -> None:
-    from registry.core.errors import TagMoved, TagNotFound
+    from registry.core.errors import TagNotFound
 
     alone = ref.removeprefix("registry://") == name
+    expected = None if alone or action not in ("unprotect", "delete") else registry.get(ref).version
     if action == "protect":
         if alone:
             try:
@@ -95,15 +96,11 @@ def _change(registry: Registry, ref: str, name: str, tag: str, action: str | Non
                 return
             except TagNotFound:
                 pass  # then it is made, at the latest version
-        registry.tag(ref, tag, why=why)
-        registry.protect_tag(name, tag, why=why)
-    elif action in ("unprotect", "delete"):
-        if not alone and (meant := registry.resolve(ref)) != (found := registry.resolve(f"{name}:{tag}")):
-            raise TagMoved(f"{name}:{tag} points to {found}, not to {meant}; look again and repeat")
-        if action == "delete":
-            registry.delete_tag(name, tag, why=why)
-        else:
-            registry.protect_tag(name, tag, on=False, why=why)
+        registry.tag(ref, tag, why=why, protect=True)
+    elif action == "unprotect":
+        registry.protect_tag(name, tag, on=False, why=why, expected=expected)
+    elif action == "delete":
+        registry.delete_tag(name, tag, why=why, expected=expected)
     else:
         registry.tag(ref, tag, why=why)
 

@@ -19,7 +19,7 @@ MAX_MESSAGE = 10_000
 _KEY = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_./-]*[A-Za-z0-9_])?")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _NOT_TEXT = re.compile(r"[\0\ud800-\udfff]")
-_INTEGER = re.compile(r"[+-]?[0-9]{1,15}")
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,308}")
 MetricKind = Literal["finite", "nan", "inf", "-inf"]
 
 
@@ -37,10 +37,13 @@ class MetadataValue:
 
     @property
     def plain(self) -> str | float | int:
-        """The value for JSON and Python: a number where it is one."""
+        """The value for JSON and Python: a number where nothing of its text is lost by that. `1.10`, `007` and `1e10`
+        compare as numbers and stay as they were written."""
         if self.number is None:
             return self.text
-        return int(self.text) if _INTEGER.fullmatch(self.text) else self.number
+        if _INTEGER.fullmatch(self.text):
+            return int(self.text)
+        return self.number if repr(self.number) == self.text else self.text
 
     def to_json(self) -> dict[str, str | float | None]:
         return {"text": self.text, "number": self.number}

@@ -10,15 +10,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from registry.core.adapter_config import AdapterConfig, adapter_config
+from registry.core.adapter_names import targets_of
 from registry.core.errors import InvalidInput, UnsupportedTensor
 from registry.core.layout import DTYPE_BITS, Layout, TensorSpec
 from registry.core.reference import shown
+from registry.formats.live_scaling import scaling_findings
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_TENSORS, kind_of
 from registry.formats.source import PlainFile, Source, TensorFileInMemory
+from registry.formats.tuner_layers import refuse_merged, tuner_layers
 
 if TYPE_CHECKING:
     import torch
-    from peft.tuners.tuners_utils import BaseTunerLayer
     from torch import nn
 
 MODEL_TENSORS = "model.safetensors"
@@ -102,28 +104,6 @@ def find_adapted(module: nn.Module) -> nn.Module | None:
             f"the {type(module).__name__} holds {len(held)} models with adapters; give one of them by itself"
         )
     return held[0] if held else None
-
-
-def tuner_layers(module: nn.Module) -> dict[BaseTunerLayer, str]:
-    """PEFT's layers in a module, with their paths."""
-    if "peft" not in sys.modules:
-        return {}
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return {child: path for path, child in module.named_modules() if isinstance(child, BaseTunerLayer)}
-
-
-def refuse_merged(module: nn.Module) -> None:
-    """
-    Raises:
-        InvalidInput: an adapter is merged into the weights, so neither it nor the base is there alone.
-    """
-    for layer, path in tuner_layers(module).items():
-        if layer.merged:
-            raise InvalidInput(
-                f"the adapter is merged into its base (at {path}): call unmerge_adapter() first, "
-                "or push merge_and_unload()'s result as a model of its own"
-            )
 
 
 def choose_adapter(model: Any, adapter_name: str | None) -> str:
@@ -225,15 +205,34 @@ def _adapter(model: Any, name: str) -> Source:
         )
     config = live_config(model, name)
     text = json.dumps(config.document, indent=2, sort_keys=True).encode("utf-8")
+    file = tensor_file(ADAPTER_TENSORS, "adapter", adapter_tensors(model, name))
+    _refuse_rescaled(model, name, config, file.layout)
+    others = sorted(set(map(str, model.peft_config)) - {name})
     return Source(
         form="live model with an adapter",
         kind="adapter",
-        tensor_files=(tensor_file(ADAPTER_TENSORS, "adapter", adapter_tensors(model, name)),),
+        tensor_files=(file,),
         plain_files=(PlainFile(ADAPTER_CONFIG, text),),
         config=config,
         # PEFT fills it in when a configuration is made, and keeps that of the file that one was read from.
         peft_version=model.peft_config[name].peft_version,
+        notes=(f"pushed the adapter {name} alone; left out: {', '.join(map(shown, others))}",) if others else (),
     )
+
+
+def _refuse_rescaled(model: Any, name: str, config: AdapterConfig, layout: Layout) -> None:
+    """
+    Raises:
+        InvalidInput: the live layers are not scaled as the configuration says: what is pushed would not be what runs.
+    """
+    rescaled = scaling_findings(model, name, config, targets_of(layout, config)[0])
+    if rescaled:
+        first = rescaled[0]
+        raise InvalidInput(
+            f"{len(rescaled)} layers of the model are not scaled as its configuration says, {first.subject} first: "
+            f"expected {first.expected}, found {first.found}; undo it (unscale_layer, set_scale), or write it into "
+            "lora_alpha"
+        )
 
 
 def live_config(model: Any, name: str) -> AdapterConfig:

@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from registry.catalog.engine import Database
 from registry.catalog.journal_rows import has_pending, mark_journaled, pending_events
 from registry.catalog.names import LockedName, lock_name
-from registry.core.errors import ReadOnly, StorageError
+from registry.core.errors import Corrupt, ReadOnly, StorageError
 from registry.core.event import Event
 from registry.store.interface import Store
 
@@ -57,6 +57,21 @@ class Context:
         """
         if not self.writable:
             raise ReadOnly(f"the registry {self.database.what} cannot be written by this user; ask its owner")
+
+    def lock(self, connection: Connection, namespace: str, name: str, *, create: bool = False) -> LockedName:
+        """Locks a name until the transaction ends.
+
+        Raises:
+            ArtifactNotFound
+            Corrupt: the journal goes on where the catalog ends, so the catalog is an older one.
+        """
+        locked = lock_name(connection, namespace, name, at=now(), create=create)
+        if self.store.journal.contains(namespace, name, locked.last_seq + 1):
+            raise Corrupt(
+                f"the catalog {self.database.what} knows {locked.last_seq} events of {namespace}/{name}, the journal "
+                "knows more: an older catalog was put back; bring back the newer one"
+            )
+        return locked
 
     def journal(self, events: Sequence[Event]) -> None:
         """Writes the journal objects of committed events, then takes them out of the outbox.
@@ -118,9 +133,9 @@ def under_lock(context: Context, namespace: str, name: str, change: Callable[[Lo
         ArtifactNotFound, ReadOnly, and what `change` raises; then nothing has changed.
     """
     with context.writing() as connection:
-        at = now()
-        locked = lock_name(connection, namespace, name, at=at)
-        result = change(locked, at)
+        locked = context.lock(connection, namespace, name)
+        # After the wait for the lock: nobody can have asked about a later moment yet.
+        result = change(locked, now())
         locked.save()
     context.journal(locked.appended)
     return result

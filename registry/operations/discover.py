@@ -218,7 +218,10 @@ def _create_on_server(location: Location, store: str | None) -> tuple[Context, b
                     raise InvalidInput(
                         f"{database.what} needs a place for the blobs: registry init {database.what} --store FOLDER"
                     )
-                root = Path(_given(store).url)
+                place = _given(store)
+                if not place.is_path:
+                    raise InvalidInput(f"--store '{shown(store)}': the blobs lie in a folder; object stores come later")
+                root = Path(place.url)
                 upgrade(connection)
                 with _creating(root):
                     if (root / CATALOG).exists():

@@ -12,7 +12,7 @@ from registry.catalog.annotation_rows import metadata_of, metrics_of
 from registry.catalog.journal_rows import events_of
 from registry.catalog.lineage import Edge, references, walk
 from registry.catalog.search import Search, find_ids
-from registry.catalog.versions import VersionRecord, records, resolve
+from registry.catalog.versions import VersionKey, VersionRecord, records, resolve
 from registry.core.annotations import MetadataValue, MetricValue
 from registry.core.errors import InvalidInput
 from registry.core.event import Event
@@ -88,6 +88,19 @@ def get(context: Context, reference: str) -> Found:
     """The version that a reference names."""
     with context.reading() as connection:
         return _found(connection, [resolve(connection, parse_reference(reference)).id])[0]
+
+
+def get_key(context: Context, key: VersionKey) -> Found:
+    """The version of a key that an operation gave."""
+    with context.reading() as connection:
+        return _found(connection, [key.id])[0]
+
+
+def pinned(context: Context, reference: str) -> str:
+    """The pinned form of a reference, `namespace/name@number`."""
+    parsed = parse_reference(reference)
+    with context.reading() as connection:
+        return f"{parsed.artifact}@{resolve(connection, parsed).number}"
 
 
 def details(context: Context, reference: str) -> Details:

@@ -15,21 +15,20 @@ from registry.core.adapter_config import (
     is_off,
     unknown_keys,
 )
-from registry.core.adapter_names import Target, canonical_name, is_adapter_tensor, target_scaling, targets_of
+from registry.core.adapter_names import Target, canonical_name, is_adapter_tensor, targets_of
 from registry.core.content_digest import LORA_OPTIONS, OUTSIDE, PLAIN_INITS
 from registry.core.errors import Incompatible, InvalidInput
 from registry.core.findings import Finding
 from registry.core.layout import Layout
-from registry.core.tensor_names import without_layers
 from registry.formats.live import (
     adapter_tensors,
     choose_adapter,
     find_adapted,
     live_config,
-    refuse_merged,
     tensor_spec,
-    tuner_layers,
 )
+from registry.formats.live_scaling import scaling_findings
+from registry.formats.tuner_layers import refuse_disabled, refuse_merged
 from registry.operations.copying import copy_into, differences, memory, memory_of, same_values, settle
 from registry.operations.module_state import ModuleState
 
@@ -46,6 +45,8 @@ _FOR_TRAINING = {
     *("auto_mapping", "beta1", "beta2", "deltaT", "inference_mode", "init_r", "orth_reg_weight"),
     *("peft_version", "target_r", "tfinal", "tinit", "total_step"),
 }
+REACHING_OUT = ("megatron_config", "adapters")
+"""Options by which an artifact makes PEFT import or fetch what it names (some releases check the name, some do not)."""
 _PEFT_ERRORS = (AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 
 
@@ -80,6 +81,7 @@ def load_adapter(
             )
         return _wrap(model, named, config, targets, adapter_name or "default", strict=strict, what=what)
     refuse_merged(holder)
+    refuse_disabled(holder, what)
     name = choose_adapter(holder, adapter_name)
     _put(holder, name, named, config, targets, strict=strict, what=what)
     return model
@@ -162,40 +164,6 @@ def _put_through_peft(holder: nn.Module, adapter_name: str, tensors: dict[str, t
     except BaseException:
         before.restore()
         raise
-
-
-def scaling_findings(
-    holder: nn.Module, adapter_name: str, config: AdapterConfig | None, targets: tuple[Target, ...]
-) -> list[Finding]:
-    """C10: modules whose live scaling (lora_alpha / r, or / sqrt(r)) is not the one that was pushed."""
-    if config is None:
-        message = "the version has no configuration, so its scaling could not be compared with the model's"
-        return [Finding("C10", "warning", "", message, mend="push the adapter with its configuration")]
-    by_path = {target.module: target for target in targets}
-    found = []
-    for layer, path in tuner_layers(holder).items():
-        live = getattr(layer, "scaling", None)
-        target = _target_of(layer, path, by_path)
-        if target is None or not isinstance(live, Mapping) or adapter_name not in live:
-            continue
-        expected = target_scaling(config, target)
-        actual = float(live[adapter_name])
-        if expected is not None and abs(actual - expected) > 1e-9 * max(1.0, abs(expected)):
-            mend = "build the adapter with the lora_alpha and use_rslora of the version"
-            found.append(
-                Finding("C10", "error", target.module, "the scaling differs", f"{expected:g}", f"{actual:g}", mend)
-            )
-    return found
-
-
-def _target_of(layer: Any, path: str, targets: Mapping[str, Target]) -> Target | None:
-    """The target that a live layer is; two parameters of one module are told apart by PEFT's nesting alone."""
-    inner = canonical_name(f"{path}.lora_A").removesuffix(".lora_A")  # it takes names of tensors
-    bare = ".".join(without_layers(inner.split(".")))
-    names = [inner, bare]
-    if hasattr(layer, "parameter_name"):
-        names = [f"{bare}.{layer.parameter_name}", inner]
-    return next((targets[name] for name in names if name in targets), None)
 
 
 def option_findings(holder: Any, adapter_name: str, config: AdapterConfig | None) -> list[Finding]:
@@ -295,6 +263,12 @@ def make_peft_config(config: AdapterConfig, what: str) -> Any:
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+    for option in REACHING_OUT:
+        if not is_off(config.document.get(option)):
+            raise Incompatible(
+                f"{what} has the option {option}, by which PEFT imports a module or loads other adapters that it "
+                "names; build the model yourself, and load into that"
+            )
     kind: Any = {str(key.value): value for key, value in PEFT_TYPE_TO_CONFIG_MAPPING.items()}.get(config.peft_type)
     known = {field.name for field in fields(kind)} if kind else set()
     document = {key: value for key, value in config.document.items() if key in known}

@@ -11,8 +11,8 @@ from pathlib import Path
 from sqlalchemy import Connection
 
 from registry.catalog import annotation_rows, blobs, insertion, tags
-from registry.catalog.names import LockedName, lock_name, name_id
-from registry.catalog.versions import VersionKey, resolve, same_content, tags_of, version_by_digest
+from registry.catalog.names import LockedName, name_id
+from registry.catalog.versions import VersionKey, kind_of_version, resolve, same_content, tags_of, version_by_digest
 from registry.core.adapter_config import canonical_config, config_findings
 from registry.core.adapter_names import Target, targets_of
 from registry.core.annotations import (
@@ -212,7 +212,7 @@ def _push_once(
             stored = store_version(context, source, described.manifest, described.layouts, files, batch)
             batch.commit()
     with context.writing() as connection:
-        name = lock_name(connection, request.namespace, request.name, at=now(), create=True)
+        name = context.lock(connection, request.namespace, request.name, create=True)
         version = version_by_digest(connection, name.id, described.manifest.digest)
         created = version is None
         if version is None:
@@ -238,6 +238,8 @@ def _push_once(
 
 def _ancestry(connection: Connection, request: Request) -> _Ancestry:
     base = None if request.base is None else _parent(connection, request.base, "base")
+    if base is not None and kind_of_version(connection, base.id) == "adapter":
+        raise InvalidInput(f"base {request.base} is an adapter; name the model that this one was trained on")
     parents: dict[tuple[str, str], tuple[Parent, VersionKey]] = {}
     for relation, reference, weight in request.parents:
         key = _parent(connection, reference, relation)
@@ -357,13 +359,13 @@ def _insert(
             message=request.message,
             findings=described.findings,
             created_by=actor(),
-            created_at=max(now(), name.last_event_at),
+            created_at=now(),
         ),
     )
     # After the rows stand: gc cannot mark these blobs any more, so what is there now stays.
-    for digest, _ in stored.placement.blobs:
-        if not context.store.blobs.contains(digest):
-            raise InUse(f"blob {digest} was deleted during the push; push again")
+    for blob in stored.blobs:
+        if not context.store.blobs.contains(blob.digest):
+            raise InUse(f"blob {blob.digest} was deleted during the push; push again")
     return version
 
 

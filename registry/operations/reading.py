@@ -53,7 +53,7 @@ class BlobReader:
                     header, _ = read_header(file, file_size=self._blobs.size(digest), what=f"blob {digest}")
             except MalformedTensors as error:
                 found = str(error).partition(";")[0]  # its mend is for a file that somebody has elsewhere
-                raise Corrupt(f"{found}; the blob is damaged: `registry fsck` lists what needs it") from error
+                raise Corrupt(f"{found}; the blob is damaged: put it back from a copy of the store") from error
             self._open[digest] = OpenBlob(digest, file, header)
         return self._open[digest]
 

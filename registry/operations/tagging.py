@@ -16,9 +16,15 @@ from registry.operations.context import Context, actor, under_lock
 
 
 def move_tag(
-    context: Context, reference: str, tag: str, *, why: str | None = None, expected: int | None = None
+    context: Context,
+    reference: str,
+    tag: str,
+    *,
+    why: str | None = None,
+    expected: int | None = None,
+    protect: bool = False,
 ) -> tuple[VersionKey, bool]:
-    """Points a tag at the version that `reference` names.
+    """Points a tag at the version that `reference` names, and protects it there if so asked, in one step.
 
     Returns:
         The version, and whether the tag moved.
@@ -30,12 +36,16 @@ def move_tag(
     def change(name: LockedName, at: datetime) -> tuple[VersionKey, bool]:
         version = resolve(name.connection, parsed)
         moved = tags.move(name, tag, version, actor=actor(), at=at, why=why, expected=expected)
+        if protect:
+            tags.protect(name, tag, on=True, actor=actor(), at=at, why=why)
         return version, moved is not None
 
     return under_lock(context, parsed.namespace, parsed.name, change)
 
 
-def protect_tag(context: Context, artifact: str, tag: str, *, on: bool, why: str | None = None) -> bool:
+def protect_tag(
+    context: Context, artifact: str, tag: str, *, on: bool, why: str | None = None, expected: int | None = None
+) -> bool:
     """Protects a tag or lifts its protection; True where that changed anything."""
     check_new_tag(tag)
     _check_why(why)
@@ -44,11 +54,13 @@ def protect_tag(context: Context, artifact: str, tag: str, *, on: bool, why: str
         context,
         parsed.namespace,
         parsed.name,
-        lambda name, at: tags.protect(name, tag, on=on, actor=actor(), at=at, why=why) is not None,
+        lambda name, at: tags.protect(name, tag, on=on, actor=actor(), at=at, why=why, expected=expected) is not None,
     )
 
 
-def delete_tag(context: Context, artifact: str, tag: str, *, why: str | None = None) -> None:
+def delete_tag(
+    context: Context, artifact: str, tag: str, *, why: str | None = None, expected: int | None = None
+) -> None:
     """Deletes a tag; its history stays."""
     check_new_tag(tag)
     _check_why(why)
@@ -57,7 +69,7 @@ def delete_tag(context: Context, artifact: str, tag: str, *, why: str | None = N
         context,
         parsed.namespace,
         parsed.name,
-        lambda name, at: tags.remove(name, tag, actor=actor(), at=at, why=why),
+        lambda name, at: tags.remove(name, tag, actor=actor(), at=at, why=why, expected=expected),
     )
 
 

@@ -96,7 +96,9 @@ def _plan(context: Context, file: TensorFile, digests: FileDigests, base_tensors
 
     def present(stored: StoredTensor) -> bool:
         if stored.blob not in usable:
-            usable[stored.blob] = context.store.blobs.contains(stored.blob)
+            blobs = context.store.blobs
+            # A torn blob is no place to take a tensor from: its bytes are here, and are stored again.
+            usable[stored.blob] = blobs.contains(stored.blob) and blobs.size(stored.blob) == stored.blob_size
         return usable[stored.blob]
 
     own = set(digests.tensors)

@@ -120,7 +120,7 @@ def _check_regular(path: Path, found: os.stat_result) -> None:
 
 def not_a_file(path: Path, kind: str) -> Corrupt:
     return Corrupt(
-        f"{path} is {kind}, expected a regular file; move it away, `registry fsck` then says what is missing"
+        f"{path} is {kind}, expected a regular file; move it away and put the blob back from a copy of the store"
     )
 
 

@@ -81,7 +81,9 @@ class LocalBlobStore:
             durable.remove(path)
 
     def _missing(self, digest: str) -> BlobNotFound:
-        return BlobNotFound(f"no blob {digest} in {self._folder}; `registry fsck` lists what needs it")
+        return BlobNotFound(
+            f"no blob {digest} in {self._folder}; put it back from a copy of the store, or push again what holds its tensors"
+        )
 
 
 @dataclass
@@ -193,7 +195,8 @@ class LocalBatch:
             raise leftovers[0]
 
     def _stranger(self, blob: StoredBlob) -> BlobNotFound:
-        return BlobNotFound(f"blob {shown(blob.digest, 80)} is not in this batch")
+        mend = "put it back from a copy of the store, or push again what holds its tensors"
+        return BlobNotFound(f"no blob {digest} in {self._folder}; {mend}")
 
     def _check_usable(self) -> None:
         if not self._usable:

@@ -45,6 +45,11 @@ class LocalJournal:
             raise NotFound(f"no journal entry {seq} of {namespace}/{name}: {path} is missing")
         return document
 
+    def contains(self, namespace: str, name: str, seq: int) -> bool:
+        path = self._path(namespace, name, seq)
+        with files.storage_errors(f"look for {path}", writing=False):
+            return path.exists()
+
     def names(self) -> Iterator[tuple[str, str]]:
         for namespace in files.entries(self._folder):
             for name in files.entries(Path(namespace.path)):

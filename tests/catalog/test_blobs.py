@@ -86,7 +86,7 @@ def test_a_blob_that_came_as_a_plain_file_gets_its_tensors(connection: Connectio
     register_blobs(connection, [NewBlob(digest("b"), 8)], {}, NOW)
     assert find_tensors(connection, [digest(0)]) == {}
     blob(connection, "b", layout(8), [digest(0)])
-    assert find_tensors(connection, [digest(0)]) == {digest(0): StoredTensor(digest("b"), 0)}
+    assert find_tensors(connection, [digest(0)]) == {digest(0): StoredTensor(digest("b"), 0, 8)}
     assert connection.execute(select(tables.blob.c.layout_id)).scalar_one() is not None
 
 
@@ -101,7 +101,7 @@ def test_a_tensor_is_found_where_it_lies(connection: Connection) -> None:
     tensors = [digest(place) for place in range(1000)]
     blob(connection, "b", layout(*[1] * 1000), tensors)
     found = find_tensors(connection, [*tensors[::3], digest("unknown")])
-    assert found == {digest(place): StoredTensor(digest("b"), place) for place in range(0, 1000, 3)}
+    assert found == {digest(place): StoredTensor(digest("b"), place, 1000) for place in range(0, 1000, 3)}
 
 
 def test_a_tensor_of_a_blob_that_goes_is_not_offered(connection: Connection) -> None:
@@ -123,7 +123,7 @@ def test_a_tensor_that_many_blobs_share_has_one_holder(connection: Connection) -
         blob(connection, name, layout(8, 9), [digest(0), digest(name)])
     held = connection.execute(select(tables.tensor_index)).all()
     assert len(held) == 4
-    assert find_tensors(connection, [digest(0)]) == {digest(0): StoredTensor(digest("a"), 0)}
+    assert find_tensors(connection, [digest(0)]) == {digest(0): StoredTensor(digest("a"), 0, 17)}
 
 
 def test_small_tensors_of_adapters_are_not_indexed(connection: Connection) -> None:

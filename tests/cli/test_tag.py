@@ -82,7 +82,7 @@ def test_a_deleted_tag_is_gone_and_its_history_stays(run: Run, here: Path) -> No
 def test_an_action_on_a_version_needs_the_tag_to_point_there(run: Run, here: Path, action: str) -> None:
     ran = run("tag", "walk/perturb@1", "prod", action)
     assert ran.code == 5
-    assert ran.error == "walk/perturb:prod points to walk/perturb@2, not to walk/perturb@1; look again and repeat"
+    assert ran.error == "walk/perturb:prod points to @2, expected @1; somebody moved it: look again and repeat"
     assert where(run, "walk/perturb:prod") == 2
     assert run("tag", "walk/perturb@2", "prod", action).code == 0
 

@@ -57,7 +57,11 @@ def plan(
     """A plan for tensors that are one letter each; `stored` says which letters lie in which blob."""
     layout = Layout(tuple(TensorSpec(str(place), "U8", (size,)) for place, size in enumerate(sizes)))
     candidates = [
-        {letter: StoredTensor(blob, place) for blob, letters in blobs.items() for place, letter in enumerate(letters)}
+        {
+            letter: StoredTensor(blob, place, 0)
+            for blob, letters in blobs.items()
+            for place, letter in enumerate(letters)
+        }
         for blobs in (base or {}, stored)
     ]
     return plan_reuse(layout, list(digests), candidates, file_size=file_size)
