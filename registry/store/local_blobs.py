@@ -81,9 +81,8 @@ class LocalBlobStore:
             durable.remove(path)
 
     def _missing(self, digest: str) -> BlobNotFound:
-        return BlobNotFound(
-            f"no blob {digest} in {self._folder}; put it back from a copy of the store, or push again what holds its tensors"
-        )
+        mend = "put it back from a copy of the store, or push again what holds its tensors"
+        return BlobNotFound(f"no blob {digest} in {self._folder}; {mend}")
 
 
 @dataclass
@@ -195,8 +194,7 @@ class LocalBatch:
             raise leftovers[0]
 
     def _stranger(self, blob: StoredBlob) -> BlobNotFound:
-        mend = "put it back from a copy of the store, or push again what holds its tensors"
-        return BlobNotFound(f"no blob {digest} in {self._folder}; {mend}")
+        return BlobNotFound(f"blob {shown(blob.digest, 80)} is not in this batch")
 
     def _check_usable(self) -> None:
         if not self._usable:
