@@ -92,7 +92,6 @@ def events_of(
     *,
     tag: str | None = None,
     version_id: int | None = None,
-    kinds: Sequence[str] = (),
 ) -> list[Event]:
     """The history of a name, of one of its tags or of one of its versions, oldest first.
 
@@ -104,6 +103,4 @@ def events_of(
         statement = statement.where(event.c.tag == tag)
     if version_id is not None:
         statement = statement.where(event.c.version_id == version_id)
-    if kinds:
-        statement = statement.where(event.c.kind.in_(kinds))
     return [_event(row) for row in connection.execute(statement.order_by(event.c.seq))]

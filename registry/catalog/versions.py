@@ -14,7 +14,6 @@ from registry.catalog.names import name_id
 from registry.catalog.rows import batches
 from registry.catalog.tables import artifact, event, finding, lora_config, tag, version
 from registry.core.errors import InvalidReference, NotFound, TagNotFound, VersionNotFound
-from registry.core.event import read_payload
 from registry.core.reference import Reference
 
 
@@ -280,14 +279,3 @@ def _record(row: Any, tags: tuple[str, ...], findings: int) -> VersionRecord:
         created_at=row.created_at,
         findings=findings,
     )
-
-
-def pushed_payload(connection: Connection, version_id: int) -> dict[str, Any]:
-    """Payload of the event that made a version: environment, placement and parents."""
-    text = connection.execute(
-        select(event.c.payload)
-        .where(event.c.version_id == version_id, event.c.kind == "pushed")
-        .order_by(event.c.seq)
-        .limit(1)
-    ).scalar_one()
-    return read_payload(text)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from registry.core.event import format_moment, number_to_json
-from registry.registry import as_version
+from registry.operations.version import as_version
 
 if TYPE_CHECKING:
     from registry.core.event import Event

@@ -98,7 +98,6 @@ LOOKUPS: dict[str, Callable[[Connection], object]] = {
     "records": lambda c: versions.records(c, [500, 501]),
     "tags of versions": lambda c: versions.tags_of(c, [500, 501]),
     "same content": lambda c: versions.same_content(c, 5, digest("content", 500), 1000),
-    "pushed payload": lambda c: versions.pushed_payload(c, 500),
     "metadata": lambda c: annotation_rows.metadata_of(c, [500, 501]),
     "metrics": lambda c: annotation_rows.metrics_of(c, [500, 501]),
     "contents": contents,
