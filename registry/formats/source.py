@@ -200,8 +200,3 @@ def read_small(path: Path, limit: int = 16 << 20) -> bytes:
     if len(data) > limit:
         raise InvalidInput(f"{shown(str(path), 200)} has over {limit} bytes; expected a small file")
     return data
-
-
-def is_reading_path(source: object) -> bool:
-    """Whether a push source is a path, rather than something live."""
-    return isinstance(source, str | os.PathLike)

@@ -4,6 +4,7 @@ transaction makes the version and its events, then the journal objects are writt
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from registry.core.findings import Finding
 from registry.core.layout import Layout
 from registry.core.manifest import KINDS, RELATIONS, Component, File, Manifest, Parent
 from registry.core.reference import check_new_tag, parse_push_target, parse_reference, shown
-from registry.formats.source import Source, is_reading_path
+from registry.formats.source import Source
 from registry.operations.context import Context, actor, now
 from registry.operations.environment import Environment, capture
 from registry.operations.writing import StoredVersion, WrittenFile, digest_files, store_version
@@ -141,10 +142,10 @@ def check_request(
 
 def open_source(source: object, *, kind: str | None, adapter_name: str | None) -> Source:
     """Opens whatever was given to a push."""
-    if is_reading_path(source):
+    if isinstance(source, str | os.PathLike):
         from registry.formats.paths import read_path
 
-        return read_path(Path(source))  # type: ignore[arg-type]  # is_reading_path made sure
+        return read_path(Path(source))
     from registry.formats.live import read_live
 
     return read_live(source, kind=kind, adapter_name=adapter_name)

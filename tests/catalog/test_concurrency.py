@@ -87,12 +87,12 @@ def test_pushes_that_share_layouts_blobs_and_configs_do_not_wait_in_a_ring(
 
     assert len({version.digest for version in registry.find()}) == len(folders)
     with registry._context.reading() as connection:
-        from sqlalchemy import func, select
+        from sqlalchemy import Table, func, select
 
         from registry.catalog import tables
 
-        def count(table: object) -> int:
-            return connection.execute(select(func.count()).select_from(table)).scalar_one()  # type: ignore[arg-type]
+        def count(table: Table) -> int:
+            return connection.execute(select(func.count()).select_from(table)).scalar_one()
 
         assert count(tables.layout) == 2
         assert count(tables.target) == 2

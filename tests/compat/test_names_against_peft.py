@@ -168,6 +168,8 @@ def tuned(peft_type: str, make: Callable[[], nn.Module], options: dict[str, Any]
         config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)](**options)
         return get_peft_model(make(), config, adapter_name=adapter)
     except ImportError as error:
+        if peft_type != "ADAMSS":  # it alone needs scikit-learn; any other is a failure
+            raise
         pytest.skip(f"PEFT itself needs more for this tuner: {error}")
 
 
@@ -585,7 +587,9 @@ def test_every_live_configuration_can_be_read(kind: str, tmp_path: Path) -> None
         try:
             config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)](**options)
         except ImportError as error:
-            pytest.skip(str(error))
+            if kind != "ADAMSS":  # as in `tuned`
+                raise
+            pytest.skip(f"PEFT itself needs more for this tuner: {error}")
     live = adapter_config(config.to_dict())
     config.save_pretrained(str(tmp_path))
     file = read_adapter_config((tmp_path / "adapter_config.json").read_bytes(), "config")
