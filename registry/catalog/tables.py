@@ -28,6 +28,7 @@ from sqlalchemy import (
 )
 
 from registry.catalog.types import BigId, BinaryText, Digest, Moment
+from registry.core.placement import ROLES as PLACEMENT_ROLES
 
 metadata = MetaData(
     naming_convention={
@@ -243,7 +244,7 @@ version = Table(
     CheckConstraint("base_id IS NULL OR base_id < id", "base_is_older"),
     CheckConstraint("size >= 0 AND bytes_new >= 0", "sizes"),
     _one_of("kind", "adapter", "base", "checkpoint"),
-    _one_of("state", "present", "removed"),
+    _one_of("state", "present", "removed", "purged"),
     Index(None, "base_id", "id"),
     Index(None, "lora_config_id", "id"),
     Index(None, "layout_id", "id"),
@@ -264,6 +265,8 @@ component = Table(
         "placement", LargeBinary, nullable=False, comment="(version_blob position, ordinal): two 32-bit words a tensor"
     ),
     Column("rounded_digests", LargeBinary, comment="digests after rounding to bf16, where casts must be recognised"),
+    Column("data_position", Integer, comment="the state document; NULL: tensors alone"),
+    ForeignKeyConstraint(["version_id", "data_position"], ["version_blob.version_id", "version_blob.position"]),
     CheckConstraint("length(digests) % 32 = 0 AND length(placement) * 4 = length(digests)", "lengths"),
     Index(None, "layout_id"),
 )
@@ -276,7 +279,7 @@ version_blob = Table(
     _ref("blob_id", "blob"),
     Column("role", Text, nullable=False),
     Index(None, "blob_id"),
-    _one_of("role", "tensors", "reused", "header", "file", "layout", "manifest"),
+    _one_of("role", *PLACEMENT_ROLES),
     **_WITHOUT_ROWID,
 )
 
@@ -290,9 +293,11 @@ version_file = Table(
     Column("role", Text, comment="component that the file carries"),
     Column("blob_position", Integer, nullable=False, comment="the file, or the header of a safetensors file"),
     Column("whole", Boolean, nullable=False),
+    Column("splices", Text, comment="tensors within a skeleton, JSON as in a placement; NULL: none, or the component"),
     ForeignKeyConstraint(["version_id", "blob_position"], ["version_blob.version_id", "version_blob.position"]),
     Index(None, "sha256"),
     CheckConstraint("size >= 0", "size"),
+    CheckConstraint("splices IS NULL OR (NOT whole AND role IS NULL)", "splices_of_skeleton"),
     **_WITHOUT_ROWID,
 )
 
@@ -336,9 +341,23 @@ event = Table(
         "note",
         "removed",
         "restored",
+        "purged",
     ),
     Index(None, "version_id", "seq"),
     Index("ix_event_tag", "artifact_id", "tag", "seq"),
+)
+
+described_blob = Table(
+    "described_blob",
+    metadata,
+    Column("artifact_id", BigId, primary_key=True, autoincrement=False),
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("role", Text, primary_key=True, comment="probe, live_names, history, ..."),
+    _ref("blob_id", "blob"),
+    ForeignKeyConstraint(["artifact_id", "seq"], ["event.artifact_id", "event.seq"]),
+    Index(None, "blob_id"),
+    comment="blobs that a described event names; gc keeps them",
+    **_WITHOUT_ROWID,
 )
 
 outbox = Table(

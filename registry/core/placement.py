@@ -15,7 +15,8 @@ from registry.core.errors import InvalidManifest
 _ENTRY = struct.Struct("<II")
 MAX_TENSORS = 2**24
 """More than any file of ours can hold: its header is at most 100 MB."""
-ROLES = ("tensors", "reused", "header", "file", "layout", "manifest")
+ROLES = ("tensors", "reused", "header", "file", "data", "layout", "manifest", "external")
+"""`header`: a file less its tensors. `data`: a state document. `external`: known, and not in the store."""
 
 
 @dataclass(frozen=True, slots=True)
