@@ -129,6 +129,7 @@ class Registry:
         continued_from: str | None = None,
         parents: Sequence[tuple[str, str, float | None]] = (),
         adapter_name: str | None = None,
+        external: bool = False,
     ) -> PushResult:
         """Pushes an artifact as a new version; the very same thing again is a no-op that says so.
 
@@ -149,6 +150,8 @@ class Registry:
                 version.
             parents: further lineage, (relation, reference, weight or None).
             adapter_name: which adapter of a live model; its active one by default.
+            external: record layout, tensor digests and where it came from, and store none of its tensors: for bases of
+                many gigabytes. It can be checked against, not pulled or loaded.
 
         Returns:
             What was stored, with the findings about the artifact.
@@ -172,6 +175,7 @@ class Registry:
             kind=kind,
             message=message,
             parents=edges,
+            external=external,
         )
         return push.push(self._context, source, request, adapter_name=adapter_name)
 
@@ -291,7 +295,8 @@ class Registry:
 
         Returns:
             The model, which is a new PeftModel where a plain base was wrapped; without a model,
-            tensors by name, mapped from the store.
+            tensors by name, mapped from the store. A component that holds more than tensors, such as an
+            optimizer, comes as the state dict that was saved.
 
         Raises:
             Incompatible: all differences are in its `findings`.

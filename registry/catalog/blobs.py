@@ -27,6 +27,7 @@ class NewBlob:
 
     Attributes:
         index_all: index small tensors too.
+        external: it is known, and its bytes are not in the store.
     """
 
     digest: str
@@ -34,6 +35,7 @@ class NewBlob:
     layout: Layout | None = None
     tensors: tuple[str, ...] = ()
     index_all: bool = False
+    external: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,7 @@ def register_blobs(
             {
                 "digest": digest,
                 "size": wanted[digest].size,
-                "state": "present",
+                "state": "external" if wanted[digest].external else "present",
                 "layout_id": _layout_id(wanted[digest], layout_ids),
                 "created_at": at,
             }
@@ -154,6 +156,7 @@ def register_blobs(
             if digest not in before
         ],
     )
+    mark_present(connection, [digest for digest in ordered if digest in before and not wanted[digest].external])
     described = [one for one in ordered if wanted[one].layout is not None and before.get(one) is None]
     for digest in described:
         if digest in before:  # it came as a plain file
@@ -176,6 +179,26 @@ def register_blobs(
     for digest in described:
         _index_tensors(connection, ids[digest], wanted[digest])
     return ids
+
+
+def mark_present(connection: Connection, digests: Iterable[str]) -> None:
+    """Says of blobs that were external that their bytes are in the store now."""
+    for batch in batches(sorted(digests)):
+        connection.execute(
+            update(blob).where(blob.c.digest.in_(batch), blob.c.state == "external").values(state="present")
+        )
+
+
+def external_of_version(connection: Connection, version_id: int) -> list[str]:
+    """Digests of those blobs of a version that are known without their bytes."""
+    return list(
+        connection.scalars(
+            select(blob.c.digest)
+            .join(version_blob_table, version_blob_table.c.blob_id == blob.c.id)
+            .where(version_blob_table.c.version_id == version_id, blob.c.state == "external")
+            .order_by(blob.c.digest)
+        )
+    )
 
 
 def _layout_id(new: NewBlob, layout_ids: Mapping[str, int]) -> int | None:

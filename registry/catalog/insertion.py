@@ -19,14 +19,14 @@ from registry.catalog.lineage import add_edges, references
 from registry.catalog.names import LockedName
 from registry.catalog.rows import batches, ids_by_digest, insert_missing
 from registry.catalog.versions import VersionKey
-from registry.core.adapter_config import AdapterConfig, canonical_config
+from registry.core.adapter_config import adapter_config
 from registry.core.adapter_names import Target, targets_of
 from registry.core.digest import pack_digests
 from registry.core.errors import InvalidQuery
 from registry.core.findings import Finding
 from registry.core.layout import Layout
 from registry.core.manifest import Manifest
-from registry.core.placement import Placement, pack_entries
+from registry.core.placement import FilePlacement, Placement, pack_entries, splices_to_json
 
 MAIN_ROLES = ("adapter", "model")
 """The component whose layout is the version's own: the first of these that it has."""
@@ -40,13 +40,14 @@ class NewVersion:
         parents: (relation, row id, weight); the base comes as `base_id` and becomes `trained_on` by itself.
         environment: what was captured at the push, see docs/format.md.
         peft_version: that wrote the adapter; None: unknown.
+        nonfinite: positions of tensors with NaN or Inf by component: only who reads the weights can know.
+        origin: where the artifact came from, as far as that is known.
     """
 
     manifest: Manifest
     content_digest: str
     layouts: Mapping[str, Layout]
     targets: Sequence[Target]
-    config: AdapterConfig | None
     placement: Placement
     blobs: Sequence[NewBlob]
     base_id: int | None
@@ -56,6 +57,8 @@ class NewVersion:
     environment: Mapping[str, Any]
     message: str | None
     findings: Sequence[Finding]
+    nonfinite: Mapping[str, Sequence[int]]
+    origin: Mapping[str, str] | None
     created_by: str
     created_at: datetime
 
@@ -117,6 +120,8 @@ def insert_version(name: LockedName, new: NewVersion) -> VersionKey:
         "peft_version": new.peft_version,
         "message": new.message,
         "bytes_new": new.bytes_new,
+        "nonfinite": {role: list(positions) for role, positions in new.nonfinite.items()},
+        "origin": None if new.origin is None else dict(new.origin),
         "placement": new.placement.to_json(),
     }
     name.append("pushed", payload, actor=new.created_by, at=at, version=(key.id, number))
@@ -148,6 +153,7 @@ def _insert_parts(
                 for position, (digest, role) in batch
             ],
         )
+    positions = {digest: position for position, (digest, _) in enumerate(new.placement.blobs)}
     connection.execute(
         insert(tables.component),
         [
@@ -157,6 +163,7 @@ def _insert_parts(
                 "layout_id": layout_ids[part.layout],
                 "digests": pack_digests(part.tensors),
                 "placement": pack_entries(new.placement.components[part.role]),
+                "data_position": None if part.data is None else positions[part.data],
             }
             for part in new.manifest.components
         ],
@@ -173,10 +180,15 @@ def _insert_parts(
                     "role": file.component,
                     "blob_position": new.placement.files[file.path].blob,
                     "whole": new.placement.files[file.path].whole,
+                    "splices": _splices(new.placement.files[file.path]),
                 }
                 for file in files
             ],
         )
+
+
+def _splices(file: FilePlacement) -> str | None:
+    return None if file.splices is None else json.dumps(splices_to_json(file.splices), separators=(",", ":"))
 
 
 def _insert_findings(connection: Connection, version_id: int, findings: Sequence[Finding]) -> None:
@@ -201,17 +213,18 @@ def _insert_findings(connection: Connection, version_id: int, findings: Sequence
 
 
 def _register_config(connection: Connection, new: NewVersion) -> int | None:
-    """Row id of the adapter's configuration; of one made from the shapes where none came with it."""
-    if new.manifest.kind != "adapter":
+    """Row id of the adapter's configuration, made from the manifest's; of one made from the shapes where none came
+    with an adapter."""
+    if new.manifest.config is None and new.manifest.kind != "adapter":
         return None
     row: dict[str, Any]
-    config = new.config
-    if config is None:
+    if new.manifest.config is None:
         ranks = {target.rank for target in new.targets if target.rank}
         row = {"peft_type": "LORA" if ranks else "UNKNOWN", "r": ranks.pop() if len(ranks) == 1 else None}
         identity: dict[str, Any] = {"without_config": True, **row}
         targets: tuple[str, ...] = ()
     else:
+        config = adapter_config(dict(new.manifest.config))
         row = {
             "peft_type": config.peft_type,
             "r": config.r,
@@ -227,7 +240,7 @@ def _register_config(connection: Connection, new: NewVersion) -> int | None:
             "base_model": config.base_model,
             "document": json.dumps(config.document, sort_keys=True),
         }
-        identity = {"config": canonical_config(config), "peft_version": config.peft_version}
+        identity = {"config": dict(new.manifest.config)}
         given = config.target_modules
         targets = (given,) if isinstance(given, str) else tuple(given or ())
     digest = sha256(rfc8785.dumps(identity)).hexdigest()

@@ -43,6 +43,12 @@ from registry.cli.output import YELLOW, emit, emit_json, human_size, message, re
 )
 @click.option("-m", "--message", "text", metavar="TEXT", help="Why; kept with the version.")
 @click.option("--continued-from", metavar="REF", help="Version whose training this one continues.")
+@click.option(
+    "--external",
+    is_flag=True,
+    help="Record layout, tensor digests and place, store no tensors: for bases of many gigabytes. It can be checked "
+    "against, not pulled.",
+)
 @common_options
 @click.pass_obj
 def push_command(

@@ -89,6 +89,10 @@ class BlobNotFound(NotFound):
     """The store holds no blob of this digest."""
 
 
+class NotStored(NotFound):
+    """A version that is recorded without its bytes: it can be checked against, not pulled or loaded."""
+
+
 class Conflict(RegistryError):
     """What was asked for clashes with what is there."""
 

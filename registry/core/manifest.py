@@ -36,11 +36,17 @@ class Component:
         role: `model`, `adapter`, `ema`, `optimizer`, ...: 1 to 64 of a-z, 0-9, `_`, `.`, `-`, a letter first.
         layout: digest of the layout document, which is a blob.
         tensors: tensor digests (hex) in layout order.
+        data: digest of its state document, a blob, where it holds more than tensors.
     """
 
     role: str
     layout: str
     tensors: tuple[str, ...]
+    data: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        tree: dict[str, Any] = {"layout": self.layout, "tensors": list(self.tensors)}
+        return tree if self.data is None else {**tree, "data": self.data}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +104,7 @@ class Manifest:
         return {
             "format": FORMAT,
             "kind": self.kind,
-            "components": {c.role: {"layout": c.layout, "tensors": list(c.tensors)} for c in self.components},
+            "components": {c.role: c.to_json() for c in self.components},
             "files": [
                 {"path": f.path, "sha256": f.sha256, "size": f.size, "component": f.component} for f in self.files
             ],
@@ -122,7 +128,7 @@ class Manifest:
             manifest = cls(
                 kind=tree["kind"],
                 components=tuple(
-                    Component(role, body["layout"], tuple(body["tensors"]))
+                    Component(role, body["layout"], tuple(body["tensors"]), body.get("data"))
                     for role, body in sorted(tree["components"].items())
                 ),
                 files=tuple(File(f["path"], f["sha256"], f["size"], f["component"]) for f in tree["files"]),
@@ -146,6 +152,7 @@ class Manifest:
             InvalidManifest: a kind, relation, digest, size or path that may not stand in a manifest.
         """
         digests = [c.layout for c in self.components] + [t for c in self.components for t in c.tensors]
+        digests += [c.data for c in self.components if c.data is not None]
         digests += [f.sha256 for f in self.files] + [p.digest for p in self.parents]
         if self.base is not None:
             digests.append(self.base)

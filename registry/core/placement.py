@@ -4,11 +4,13 @@ journal's `pushed` event, in the form that `to_json` gives."""
 
 from __future__ import annotations
 
+import reprlib
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from registry.core.canonical_json import MAX_INTEGER
 from registry.core.digest import is_digest
 from registry.core.errors import InvalidManifest
 
@@ -20,17 +22,40 @@ ROLES = ("tensors", "reused", "header", "file", "data", "layout", "manifest", "e
 
 
 @dataclass(frozen=True, slots=True)
+class Splice:
+    """Tensors that stand within a file.
+
+    Attributes:
+        at: byte of the skeleton before which they come.
+        role: component that they are part of.
+        first, length: which of its tensors, in layout order.
+    """
+
+    at: int
+    role: str
+    first: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
 class FilePlacement:
     """One file in the store.
 
     Attributes:
         blob: position in `Placement.blobs`.
-        whole: True where the blob is the file; False where it is only the header of a safetensors
-            file, whose tensors follow from its component.
+        whole: True where the blob is the file; False where it is the skeleton of a file, its bytes less its tensors.
+        splices: what comes into the skeleton, ascending; None where it is the header of a safetensors file that is
+            exactly its component, whose tensors follow.
     """
 
     blob: int
     whole: bool
+    splices: tuple[Splice, ...] | None = None
+
+    def to_json(self) -> list[Any]:
+        if self.splices is None:
+            return [self.blob, self.whole]
+        return [self.blob, self.whole, splices_to_json(self.splices)]
 
 
 @dataclass(frozen=True)
@@ -54,7 +79,7 @@ class Placement:
         return {
             "blobs": [[digest, role] for digest, role in self.blobs],
             "components": {role: _runs(entries) for role, entries in self.components.items()},
-            "files": {path: [file.blob, file.whole] for path, file in self.files.items()},
+            "files": {path: file.to_json() for path, file in self.files.items()},
         }
 
     @classmethod
@@ -67,7 +92,7 @@ class Placement:
         try:
             blobs = tuple((digest, role) for digest, role in tree["blobs"])
             components = {role: _entries(runs, len(blobs)) for role, runs in tree["components"].items()}
-            files = {path: _file(blob, whole, len(blobs)) for path, (blob, whole) in tree["files"].items()}
+            files = {path: _file(entry, len(blobs), components) for path, entry in tree["files"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InvalidManifest(f"not a placement: {type(error).__name__}: {error}"[:200]) from error
         if not all(is_digest(digest) and role in ROLES for digest, role in blobs):
@@ -89,10 +114,40 @@ def _entries(runs: Any, blobs: int) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
-def _file(blob: Any, whole: Any, blobs: int) -> FilePlacement:
-    if type(blob) is not int or type(whole) is not bool or not 0 <= blob < blobs:
-        raise ValueError(f"file {[blob, whole]!r} with {blobs} blobs")
-    return FilePlacement(blob, whole)
+def _file(entry: Any, blobs: int, components: Mapping[str, Sequence[Any]]) -> FilePlacement:
+    blob, whole, *rest = entry
+    if type(blob) is not int or type(whole) is not bool or not 0 <= blob < blobs or len(rest) > (not whole):
+        raise ValueError(f"file {reprlib.repr(entry)} with {blobs} blobs")
+    if not rest:
+        return FilePlacement(blob, whole)
+    splices = splices_from_json(rest[0])
+    for one in splices:
+        if one.role not in components or one.first + one.length > len(components[one.role]):
+            raise ValueError(f"splice {one} names tensors that are not there")
+    return FilePlacement(blob, whole, splices)
+
+
+def splices_to_json(splices: Sequence[Splice]) -> list[list[Any]]:
+    """`[at, role, first, length]` each."""
+    return [[one.at, one.role, one.first, one.length] for one in splices]
+
+
+def splices_from_json(tree: Any) -> tuple[Splice, ...]:
+    """Reads what `splices_to_json` gave.
+
+    Raises:
+        ValueError: not of that form, or not ascending.
+    """
+    found = []
+    last = 0
+    for at, role, first, length in tree:
+        if not type(at) is type(first) is type(length) is int or not isinstance(role, str):
+            raise ValueError(f"splice {[at, role, first, length]!r}: expected numbers and a component's name")
+        if not (last <= at <= MAX_INTEGER and first >= 0 and 1 <= length <= MAX_TENSORS):
+            raise ValueError(f"splice {[at, role, first, length]!r} after byte {last}")
+        last = at
+        found.append(Splice(at, role, first, length))
+    return tuple(found)
 
 
 def _runs(entries: Sequence[tuple[int, int]]) -> list[list[int]]:

@@ -16,7 +16,7 @@ from registry.core.layout import DTYPE_BITS, Layout, TensorSpec
 from registry.core.reference import shown
 from registry.formats.live_scaling import scaling_findings
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_TENSORS, kind_of
-from registry.formats.source import PlainFile, Source, TensorFileInMemory
+from registry.formats.source import PlainFileInMemory, Source, TensorFileInMemory
 from registry.formats.tuner_layers import refuse_merged, tuner_layers
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def _adapter(model: Any, name: str) -> Source:
         form="live model with an adapter",
         kind="adapter",
         tensor_files=(file,),
-        plain_files=(PlainFile(ADAPTER_CONFIG, text),),
+        plain_files=(PlainFileInMemory(ADAPTER_CONFIG, text),),
         config=config,
         # PEFT fills it in when a configuration is made, and keeps that of the file that one was read from.
         peft_version=model.peft_config[name].peft_version,
@@ -257,7 +257,8 @@ def _state_dict(tensors: Mapping[Any, Any], form: str, wanted: str | None) -> So
     kind = kind_of(file.layout, None)
     notes: tuple[str, ...] = ()
     if (wanted or kind) == "adapter" and kind != "base":
-        file.path, file.role = ADAPTER_TENSORS, "adapter"
+        file.path = ADAPTER_TENSORS
+        file.rename_component("model", "adapter")
         notes = ("pushed without a configuration, so lora_alpha is unknown",)
     return Source(form=form, kind=kind, tensor_files=(file,), notes=notes)
 

@@ -14,7 +14,7 @@ from registry.core.errors import InvalidConfig, InvalidInput, MalformedTensors
 from registry.core.layout import Layout
 from registry.core.manifest import check_file_path
 from registry.core.reference import shown
-from registry.formats.source import PlainFile, Source, TensorFileOnDisk, open_regular, read_small, source_errors
+from registry.formats.source import PlainFileInMemory, Source, TensorFileOnDisk, open_regular, read_small, source_errors
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_TENSORS = "adapter_model.safetensors"
@@ -69,7 +69,7 @@ def read_peft_folder(folder: Path) -> Source:
             form="PEFT folder",
             kind="adapter",
             tensor_files=(tensors,),
-            plain_files=(PlainFile(ADAPTER_CONFIG, config_bytes),),
+            plain_files=(PlainFileInMemory(ADAPTER_CONFIG, config_bytes),),
             config=config,
             peft_version=config.peft_version,
             notes=notes,
@@ -96,7 +96,7 @@ def read_safetensors_file(path: Path) -> Source:
         file = stack.enter_context(open_regular(path))
         tensors = _tensor_file(path, name, "", file)
         kind = kind_of(tensors.layout, None)
-        tensors.role = "adapter" if kind == "adapter" else "model"
+        tensors.rename_component("", "adapter" if kind == "adapter" else "model")
         notes: tuple[str, ...] = ()
         if kind == "adapter":
             beside = path.with_name(ADAPTER_CONFIG).exists()

@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,70 +22,126 @@ CHUNK_BYTES = 4 << 20
 
 
 class TensorFile(ABC):
-    """One safetensors file, on disk or about to exist.
+    """A file with tensors in it, on disk or about to exist: a skeleton, and tensors that come into it.
 
     Attributes:
         path: where it stands in the version, relative, with `/`.
-        role: component that it carries.
-        head: the first 8 + N bytes.
-        header: the same, parsed.
+        size: bytes of the whole file.
+        layout: its tensors, each once, in the order of the file, under names that are unique within it.
+        entries: component -> (name there, ordinal in `layout`), in the component's order. One tensor may have several
+            names, and one component several files.
+        inserts: (byte of the skeleton, ordinal), ascending: where which tensor comes. A tensor that does not stand in
+            the file as its plain bytes is in none of them; the skeleton then has what the file has in its place.
+        skeleton_size: bytes of the file that are no inserted tensor.
     """
 
-    def __init__(self, path: str, role: str, header: Header, head: bytes) -> None:
-        self.path = path
-        self.role = role
-        self.header = header
-        self.head = head
-
-    @property
-    def size(self) -> int:
-        return self.header.file_size
-
-    @property
-    def layout(self) -> Layout:
-        return self.header.layout
+    path: str
+    size: int
+    layout: Layout
+    entries: dict[str, tuple[tuple[str, int], ...]]
+    inserts: Sequence[tuple[int, int]]
+    skeleton_size: int
 
     @abstractmethod
     def tensor(self, ordinal: int) -> Iterator[memoryview]:
         """Bytes of one tensor in chunks of whole elements, which stay valid until the next one is asked for."""
 
+    @abstractmethod
+    def skeleton(self, begin: int, end: int) -> Iterator[memoryview]:
+        """A part of the skeleton's bytes, in chunks of the same kind."""
+
+    @property
+    def safetensors_head(self) -> bytes | None:
+        """The first 8 + N bytes of a safetensors file, which can lie in the store as it is; None for other files."""
+        return None
+
+    def pieces(self) -> Iterator[tuple[int, int] | int]:
+        """The file from its begin to its end: (begin, end) of the skeleton, or the ordinal of a tensor."""
+        done = 0
+        for at, ordinal in self.inserts:
+            if at > done:
+                yield done, at
+            done = at
+            yield ordinal
+        if done < self.skeleton_size:
+            yield done, self.skeleton_size
+
     def chunks(self) -> Iterator[memoryview]:
         """The bytes of the whole file."""
-        yield memoryview(self.head)
-        for ordinal in range(len(self.layout)):
-            yield from self.tensor(ordinal)
+        for piece in self.pieces():
+            yield from self.tensor(piece) if isinstance(piece, int) else self.skeleton(*piece)
+
+    def rename_component(self, old: str, new: str) -> None:
+        self.entries = {new if role == old else role: named for role, named in self.entries.items()}
 
     def is_unchanged(self) -> bool:
         """Whether nobody seems to have written to it since it was opened."""
         return True
 
 
-class TensorFileOnDisk(TensorFile):
-    """A file that somebody gave; only its open descriptor is used, so that a rename does no harm."""
+class SafetensorsFile(TensorFile):
+    """A safetensors file: its header is the skeleton, and it carries one component or a part of one.
 
-    def __init__(self, path: str, role: str, file: BinaryIO, *, what: str) -> None:
-        self._opened = os.fstat(file.fileno())
-        header, head = read_header(file, file_size=self._opened.st_size, what=what)
-        super().__init__(path, role, header, head)
+    Attributes:
+        header: parsed.
+        head: the first 8 + N bytes.
+    """
+
+    def __init__(self, path: str, role: str, header: Header, head: bytes) -> None:
+        self.path = path
+        self.size = header.file_size
+        self.layout = header.layout
+        self.header = header
+        self.head = head
+        self.entries = {role: tuple((spec.name, ordinal) for ordinal, spec in enumerate(header.layout))}
+        self.inserts = [(len(head), ordinal) for ordinal in range(len(header.layout))]
+        self.skeleton_size = len(head)
+
+    @property
+    def role(self) -> str:
+        """The component that it is part of."""
+        return next(iter(self.entries))
+
+    @property
+    def safetensors_head(self) -> bytes | None:
+        return self.head
+
+    def skeleton(self, begin: int, end: int) -> Iterator[memoryview]:
+        yield memoryview(self.head)[begin:end]
+
+
+class OpenFile:
+    """A regular file that somebody gave, open; only its descriptor is used, so that a rename does no harm."""
+
+    def __init__(self, file: BinaryIO, what: str) -> None:
+        """
+        Args:
+            what: names the file in errors.
+        """
         self._file = file
-        self._what = what
+        self.what = what
+        self._opened = os.fstat(file.fileno())
+        self.size = self._opened.st_size
 
-    def tensor(self, ordinal: int) -> Iterator[memoryview]:
-        begin, end = self.header.offsets[ordinal]
-        position, stop = self.header.size + begin, self.header.size + end
-        buffer = memoryview(bytearray(min(CHUNK_BYTES, stop - position)))
-        while position < stop:
-            wanted = min(len(buffer), stop - position)
+    def read(self, begin: int, end: int) -> Iterator[memoryview]:
+        """The bytes from `begin` to `end`, in chunks that stay valid until the next one is asked for.
+
+        Raises:
+            StorageError, InvalidInput: it became shorter.
+        """
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, end - begin)))
+        while begin < end:
+            wanted = min(len(buffer), end - begin)
             filled = 0
             while filled < wanted:
                 try:
-                    read = os.preadv(self._file.fileno(), [buffer[filled:wanted]], position + filled)
+                    read = os.preadv(self._file.fileno(), [buffer[filled:wanted]], begin + filled)
                 except OSError as error:
-                    raise StorageError(error.errno, f"cannot read {self._what}: {error.strerror}") from error
+                    raise StorageError(error.errno, f"cannot read {self.what}: {error.strerror}") from error
                 if read == 0:
-                    raise InvalidInput(f"{self._what} became shorter while it was read; push it when nobody writes it")
+                    raise InvalidInput(f"{self.what} became shorter while it was read; push it when nobody writes it")
                 filled += read
-            position += wanted
+            begin += wanted
             yield buffer[:wanted]
 
     def is_unchanged(self) -> bool:
@@ -93,7 +149,23 @@ class TensorFileOnDisk(TensorFile):
         return (now.st_size, now.st_mtime_ns) == (self._opened.st_size, self._opened.st_mtime_ns)
 
 
-class TensorFileInMemory(TensorFile):
+class TensorFileOnDisk(SafetensorsFile):
+    """A safetensors file that somebody gave."""
+
+    def __init__(self, path: str, role: str, file: BinaryIO, *, what: str) -> None:
+        self._open = OpenFile(file, what)
+        header, head = read_header(file, file_size=self._open.size, what=what)
+        super().__init__(path, role, header, head)
+
+    def tensor(self, ordinal: int) -> Iterator[memoryview]:
+        begin, end = self.header.offsets[ordinal]
+        yield from self._open.read(self.header.size + begin, self.header.size + end)
+
+    def is_unchanged(self) -> bool:
+        return self._open.is_unchanged()
+
+
+class TensorFileInMemory(SafetensorsFile):
     """Tensors that are written as a safetensors file of our own making.
 
     A tensor's bytes are made when they are asked for, so that a model on an accelerator is never copied as a whole.
@@ -118,12 +190,43 @@ class TensorFileInMemory(TensorFile):
             yield view[start : start + CHUNK_BYTES]
 
 
-@dataclass(frozen=True)
-class PlainFile:
+class PlainFile(ABC):
     """A file that is kept as it is, without a look inside."""
 
     path: str
-    data: bytes
+
+    @abstractmethod
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        """Its bytes, from the begin, each time."""
+
+    def is_unchanged(self) -> bool:
+        return True
+
+
+class PlainFileInMemory(PlainFile):
+    """One whose bytes are known."""
+
+    def __init__(self, path: str, data: bytes) -> None:
+        self.path = path
+        self.data = data
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        yield self.data
+
+
+class PlainFileOnDisk(PlainFile):
+    """One that is streamed."""
+
+    def __init__(self, path: str, file: BinaryIO, *, what: str) -> None:
+        self.path = path
+        self._open = OpenFile(file, what)
+        self.size = self._open.size
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        yield from self._open.read(0, self.size)
+
+    def is_unchanged(self) -> bool:
+        return self._open.is_unchanged()
 
 
 @dataclass
@@ -135,7 +238,13 @@ class Source:
         kind: adapter, base or checkpoint, as its tensors say.
         config: adapter configuration, if it has one.
         peft_version: that wrote it; None: unknown.
+        data: state documents (core.state_document) by component, for those that hold more than tensors. A component
+            without a tensor stands here alone.
+        metadata: what the artifact says of itself and users ask for, such as its epoch.
+        described: what is kept beside the version, by role (`probe`, `live_names`): blobs that an event names.
+        origin: where it came from, plain data for the `pushed` event: `path`, `hub_id`, `revision`.
         notes: what the user should know, such as files that were left out.
+        is_unchanged: whether what was listed when it was opened is there still; asked after everything was read.
     """
 
     form: str
@@ -144,7 +253,12 @@ class Source:
     plain_files: tuple[PlainFile, ...] = ()
     config: AdapterConfig | None = None
     peft_version: str | None = None
+    data: Mapping[str, bytes] = field(default_factory=dict)
+    metadata: Mapping[str, object] = field(default_factory=dict)
+    described: Mapping[str, bytes] = field(default_factory=dict)
+    origin: Mapping[str, str] | None = None
     notes: tuple[str, ...] = ()
+    is_unchanged: Callable[[], bool] = lambda: True
     resources: ExitStack = field(default_factory=ExitStack)
 
     def close(self) -> None:

@@ -52,18 +52,24 @@ class FileHasher:
 
     def chunks(self) -> Iterator[memoryview]:
         """The bytes of the whole file. While a large chunk is with the caller it is hashed and looked at
-        in threads, and both are waited for before the next chunk is read."""
-        if self._whole is not None:
-            self._whole.update(self._file.head)
-        tensors: list[str] = []
+        in threads, and both are waited for before the next chunk is read. Tensors that do not stand in the file as
+        they are come last, and are not given out."""
+        file = self._file
+        tensors = [""] * len(file.layout)
         nonfinite: list[int] = []
-        yield memoryview(self._file.head)
         with ThreadPoolExecutor(max_workers=2, thread_name_prefix="registry-hash") as pool:
-            for ordinal, spec in enumerate(self._file.layout):
+            for piece in file.pieces():
+                if not isinstance(piece, int):
+                    for chunk in file.skeleton(*piece):
+                        if self._whole is not None:
+                            self._whole.update(chunk)
+                        yield chunk
+                    continue
+                spec = file.layout.tensors[piece]
                 hasher = tensor_hasher(spec.dtype, spec.shape)
                 suspicious = nonfinite_test(spec.dtype)
                 found = False
-                for chunk in self._file.tensor(ordinal):
+                for chunk in file.tensor(piece):
                     if len(chunk) < INLINE_BYTES:
                         self._hash(hasher, chunk)
                         found = found or (suspicious is not None and suspicious(chunk))
@@ -76,11 +82,16 @@ class FileHasher:
                     finally:
                         hashing.result()
                         found = found or (looking is not None and looking.result())
-                tensors.append(hasher.hexdigest())
+                tensors[piece] = hasher.hexdigest()
                 if found:
-                    nonfinite.append(ordinal)
+                    nonfinite.append(piece)
+        for ordinal in [ordinal for ordinal, digest in enumerate(tensors) if not digest]:
+            suspicious = nonfinite_test(file.layout.tensors[ordinal].dtype)
+            tensors[ordinal] = hash_tensor(file, ordinal)
+            if suspicious is not None and any(map(suspicious, file.tensor(ordinal))):
+                nonfinite.append(ordinal)
         whole = self._whole.hexdigest() if self._whole is not None else ""
-        self._digests = FileDigests(whole, tuple(tensors), tuple(nonfinite))
+        self._digests = FileDigests(whole, tuple(tensors), tuple(sorted(nonfinite)))
 
     def _hash(self, hasher: blake3, chunk: memoryview) -> None:
         hasher.update(chunk)

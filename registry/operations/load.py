@@ -14,9 +14,10 @@ from registry.core.adapter_config import AdapterConfig, read_adapter_config
 from registry.core.digest import tensor_hasher
 from registry.core.errors import Corrupt, DigestMismatch, NotFound, UnsupportedTensor
 from registry.core.reference import parse_reference
+from registry.core.state_document import read_state
 from registry.formats.paths import ADAPTER_CONFIG
 from registry.operations.context import Context
-from registry.operations.reading import BlobReader, file_bytes
+from registry.operations.reading import BlobReader, blob_bytes, file_bytes, refuse_external
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,7 @@ class _Loaded:
     config: AdapterConfig | None
     tensors: dict[str, torch.Tensor]
     role: str
+    state: bytes | None
 
 
 def load(
@@ -45,7 +47,8 @@ def load(
     """Loads a version; see `Registry.load`."""
     loaded = _read(context, reference, component)
     if model is None:
-        return _unshared(loaded.tensors)
+        tensors = _unshared(loaded.tensors)
+        return tensors if loaded.state is None else read_state(loaded.state, tensors)
     if loaded.role == "adapter":
         from registry.operations.load_adapter import load_adapter
 
@@ -63,6 +66,7 @@ def _read(context: Context, reference: str, component: str | None) -> _Loaded:
         key = resolve(connection, parse_reference(reference))
         record = records(connection, [key.id])[0]
         contents = read_contents(connection, key.id)
+    refuse_external(contents, record.reference)
     roles = [component] if component is not None else [r for r in MAIN_COMPONENTS if r in contents.components]
     if not roles or roles[0] not in contents.components:
         known = ", ".join(sorted(contents.components))
@@ -70,7 +74,9 @@ def _read(context: Context, reference: str, component: str | None) -> _Loaded:
     with BlobReader(context.store.blobs) as reader:
         tensors = read_tensors(reader, contents.components[roles[0]])
         config = _config(context, reader, contents)
-    return _Loaded(record, config, tensors, roles[0])
+        document = contents.components[roles[0]].data
+        state = None if document is None else blob_bytes(context.store.blobs, document)
+    return _Loaded(record, config, tensors, roles[0], state)
 
 
 def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -87,9 +93,9 @@ def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _config(context: Context, reader: BlobReader, contents: Contents) -> AdapterConfig | None:
     for file in contents.files:
         if file.path == ADAPTER_CONFIG:
-            data = b"".join(file_bytes(reader, context.store.blobs, file, None))
+            data = b"".join(file_bytes(reader, context.store.blobs, file, {}))
             return read_adapter_config(data, ADAPTER_CONFIG)
-    return None
+    return None if contents.config is None else read_adapter_config(contents.config.encode(), "the configuration")
 
 
 def read_tensors(reader: BlobReader, component: StoredComponent) -> dict[str, torch.Tensor]:

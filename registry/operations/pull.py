@@ -27,7 +27,7 @@ from registry.core.errors import (
 from registry.core.reference import parse_reference, shown
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_TENSORS
 from registry.operations.context import Context
-from registry.operations.reading import BlobReader, file_bytes
+from registry.operations.reading import BlobReader, file_bytes, refuse_external
 
 PullFormat = Literal["native", "peft"]
 TEMPORARY = ".registry-pull-"
@@ -64,6 +64,7 @@ def pull(
         key = resolve(connection, parse_reference(reference))
         record = records(connection, [key.id])[0]
         contents = read_contents(connection, key.id)
+    refuse_external(contents, record.reference)
     extra: dict[str, bytes] = {}
     if format == "peft":
         extra = _peft_files(context, record, contents)
@@ -84,7 +85,7 @@ def _peft_files(context: Context, record: VersionRecord, contents: Contents) -> 
     if config is None or not any(file.path == ADAPTER_TENSORS for file in contents.files):
         raise InvalidInput(f"{record.reference} has no {ADAPTER_CONFIG}, so it makes no PEFT folder; pull it as native")
     with BlobReader(context.store.blobs) as reader:
-        data = b"".join(file_bytes(reader, context.store.blobs, config, None))
+        data = b"".join(file_bytes(reader, context.store.blobs, config, {}))
     document = json.loads(data)
     if record.peft_version is None or document.get("peft_version") is not None:
         return {}
@@ -158,12 +159,11 @@ def _write_files(context: Context, contents: Contents, extra: Mapping[str, bytes
         for file in contents.files:
             path = made if single else made / file.path
             path.parent.mkdir(parents=True, exist_ok=True)
-            component = contents.components.get(file.role) if file.role is not None else None
             with path.open("xb") as out:
                 if file.path in extra:
                     out.write(extra[file.path])
                 else:
-                    out.writelines(file_bytes(reader, context.store.blobs, file, component))
+                    out.writelines(file_bytes(reader, context.store.blobs, file, contents.components))
                 out.flush()
                 os.fsync(out.fileno())
 

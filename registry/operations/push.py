@@ -12,10 +12,9 @@ from pathlib import Path
 from sqlalchemy import Connection
 
 from registry.catalog import annotation_rows, blobs, insertion, tags
+from registry.catalog.descriptions import add_descriptions, descriptions_of
 from registry.catalog.names import LockedName, name_id
 from registry.catalog.versions import VersionKey, kind_of_version, resolve, same_content, tags_of, version_by_digest
-from registry.core.adapter_config import canonical_config, config_findings
-from registry.core.adapter_names import Target, targets_of
 from registry.core.annotations import (
     MetadataValue,
     MetricValue,
@@ -24,21 +23,27 @@ from registry.core.annotations import (
     read_metadata,
     read_metrics,
 )
-from registry.core.content_digest import content_digest
-from registry.core.digest import sha256_hex
 from registry.core.errors import ArtifactNotFound, InUse, InvalidInput, NotFound
 from registry.core.event import Event
 from registry.core.findings import Finding
-from registry.core.layout import Layout
-from registry.core.manifest import KINDS, RELATIONS, Component, File, Manifest, Parent
+from registry.core.manifest import KINDS, RELATIONS, Parent
 from registry.core.reference import check_new_tag, parse_push_target, parse_reference, shown
+from registry.formats.origin import origin_of
 from registry.formats.source import Source
 from registry.operations.context import Context, actor, now
+from registry.operations.describing import Description, describe
 from registry.operations.environment import Environment, capture
-from registry.operations.writing import StoredVersion, WrittenFile, digest_files, store_version
+from registry.operations.writing import (
+    StoredVersion,
+    changed,
+    digest_files,
+    store_missing,
+    store_version,
+    write_plain_files,
+)
+from registry.store.interface import StoredBlob
 
 ATTEMPTS = 3
-MAX_NONFINITE = 20
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ class Request:
     metrics: Mapping[str, MetricValue]
     step: int | None
     message: str | None
+    external: bool = False
 
 
 def check_request(
@@ -102,6 +108,7 @@ def check_request(
     kind: str | None = None,
     message: str | None = None,
     parents: Sequence[tuple[str, str, float | None]] = (),
+    external: bool = False,
 ) -> Request:
     """Checks all that can be checked before a byte is read.
 
@@ -137,11 +144,14 @@ def check_request(
         read_metrics(metrics or {}),
         check_step(step),
         message,
+        external,
     )
 
 
 def open_source(source: object, *, kind: str | None, adapter_name: str | None) -> Source:
-    """Opens whatever was given to a push."""
+    """Opens whatever was given to a push; a source that is open already is taken as it is."""
+    if isinstance(source, Source):
+        return source
     if isinstance(source, str | os.PathLike):
         from registry.formats.paths import read_path
 
@@ -156,6 +166,10 @@ def push(context: Context, source: object, request: Request, *, adapter_name: st
     context.require_writable()
     with open_source(source, kind=request.kind, adapter_name=adapter_name) as opened:
         kind = request.kind or opened.kind
+        if request.external and kind == "adapter":
+            raise InvalidInput(f"the {opened.form} is an adapter; only bases and checkpoints are recorded as external")
+        if request.external and opened.origin is None and isinstance(source, str | os.PathLike):
+            opened.origin = origin_of(Path(source))
         _set_role(opened, kind)
         environment = capture()
         for attempt in range(ATTEMPTS):
@@ -174,10 +188,15 @@ def push(context: Context, source: object, request: Request, *, adapter_name: st
 def _set_role(source: Source, kind: str) -> None:
     if kind == "adapter" and source.kind == "base":
         raise InvalidInput(f"the {source.form} holds no adapter tensors, so it is no adapter; leave --kind out")
-    if kind != "adapter" and source.config is not None:
+    if kind != "adapter" and source.kind == "adapter" and source.config is not None:
         raise InvalidInput(f"the {source.form} is an adapter; it cannot be pushed as {kind}")
+    if kind == "base" and source.kind == "checkpoint" and source.data:
+        raise InvalidInput(f"the {source.form} holds training state; push it as a checkpoint")
     for file in source.tensor_files:
-        file.role = "adapter" if kind == "adapter" else "model"
+        if kind == "adapter" and "adapter" not in file.entries:
+            file.rename_component("model", "adapter")
+        elif kind != "adapter" and "model" not in file.entries:
+            file.rename_component("adapter", "model")
 
 
 @dataclass(frozen=True)
@@ -190,14 +209,16 @@ class _Ancestry:
 
 
 @dataclass(frozen=True)
-class _Description:
-    """All that a version is, worked out before anything of it is stored."""
+class _Known:
+    """What the catalog has of a version before its push ends.
 
-    manifest: Manifest
-    layouts: Mapping[str, Layout]
-    targets: tuple[Target, ...]
-    findings: tuple[Finding, ...]
-    content_digest: str
+    Attributes:
+        external: blobs that are recorded without their bytes.
+        described: roles of blobs that events name.
+    """
+
+    external: frozenset[str] = frozenset()
+    described: frozenset[str] = frozenset()
 
 
 def _push_once(
@@ -206,11 +227,27 @@ def _push_once(
     with context.reading() as connection:
         ancestry = _ancestry(connection, request)
     stored: StoredVersion | None = None
+    bytes_added = 0
+    filled: frozenset[str] = frozenset()
+    descriptions: dict[str, StoredBlob] = {}
     with context.store.blobs.batch() as batch:
-        files = digest_files(context, source, batch, ancestry.base_tensors)
-        described = _describe(source, kind, files, ancestry)
-        if not _is_known(context, request, described.manifest.digest):  # else the batch is dropped as it is
-            stored = store_version(context, source, described.manifest, described.layouts, files, batch)
+        files = digest_files(context, source, batch, ancestry.base_tensors, external=request.external)
+        plain_files = write_plain_files(source, batch)
+        base = None if ancestry.base is None else ancestry.base.digest
+        parents = [parent for parent, _ in ancestry.parents]
+        described = describe(source, kind, files, plain_files, base=base, parents=parents)
+        known = _known(context, request, described.manifest.digest)
+        if known is None:
+            stored = store_version(context, source, described, files, plain_files, batch, external=request.external)
+        elif known.external and not request.external:
+            filled = known.external
+            bytes_added = store_missing(context, files, filled, batch)
+        if not source.is_unchanged():
+            raise changed(f"the {source.form}")
+        for role, data in source.described.items():
+            if known is None or role not in known.described:
+                descriptions[role] = batch.put([data])
+        if known is None or filled or descriptions:  # else the batch is dropped as it is
             batch.commit()
     with context.writing() as connection:
         name = context.lock(connection, request.namespace, request.name, create=True)
@@ -219,8 +256,12 @@ def _push_once(
         if version is None:
             if stored is None:
                 raise InUse(f"{request.namespace}/{request.name} changed during the push; push again")
-            version = _insert(context, name, source, kind, described, stored, ancestry, request, environment)
-        _annotate(name, version, request, created=created)
+            version = _insert(context, name, source, described, stored, ancestry, request, environment)
+            bytes_added = stored.bytes_new
+        if filled:
+            blobs.mark_present(connection, filled)
+        add_descriptions(name, version, descriptions, actor=actor(), at=now())
+        _annotate(name, version, request, source.metadata if created else {}, created=created)
         name.save()
         result = PushResult(
             name=f"{request.namespace}/{request.name}",
@@ -230,7 +271,7 @@ def _push_once(
             created=created,
             tags=tags_of(connection, [version.id]).get(version.id, ()),
             bytes_total=sum(file.size for file in described.manifest.files),
-            bytes_new=stored.bytes_new if created and stored is not None else 0,
+            bytes_new=bytes_added,
             same_content_as=same_content(connection, name.id, described.content_digest, version.number),
             findings=described.findings,
         )
@@ -263,8 +304,8 @@ def _parent(connection: Connection, reference: str, role: str) -> VersionKey:
         raise type(error)(f"{role} {reference} is not in this registry ({error}); push it first") from error
 
 
-def _is_known(context: Context, request: Request, digest: str) -> bool:
-    """Whether the name has this very version already.
+def _known(context: Context, request: Request, digest: str) -> _Known | None:
+    """What is known of this very version under the name; None where the name has it not.
 
     Raises:
         TagProtected: it has not, and a tag that should move to it is protected; told before anything is stored.
@@ -273,70 +314,20 @@ def _is_known(context: Context, request: Request, digest: str) -> bool:
         try:
             identifier = name_id(connection, request.namespace, request.name)
         except ArtifactNotFound:
-            return False
-        known = version_by_digest(connection, identifier, digest) is not None
-        if not known:
+            return None
+        known = version_by_digest(connection, identifier, digest)
+        if known is None:
             tags.refuse_protected(connection, identifier, f"{request.namespace}/{request.name}", request.tags)
-        return known
-
-
-def _describe(source: Source, kind: str, files: Sequence[WrittenFile], ancestry: _Ancestry) -> _Description:
-    layouts = {written.file.role: written.file.layout for written in files}
-    findings: list[Finding] = list(config_findings(source.config)) if source.config is not None else []
-    targets: tuple[Target, ...] = ()
-    if kind == "adapter":
-        targets, about_targets = targets_of(layouts["adapter"], source.config)
-        findings += about_targets
-    for written in files:
-        findings += nonfinite_findings(written)
-    manifest = Manifest(
-        kind=kind,
-        components=tuple(
-            Component(written.file.role, written.file.layout.digest, written.digests.tensors)
-            for written in sorted(files, key=lambda written: written.file.role)
-        ),
-        files=tuple(
-            sorted(
-                (
-                    *(File(w.file.path, w.digests.sha256, w.file.size, w.file.role) for w in files),
-                    *(File(p.path, sha256_hex(p.data), len(p.data)) for p in source.plain_files),
-                ),
-                key=lambda file: file.path,
-            )
-        ),
-        config=None if source.config is None else canonical_config(source.config),
-        base=None if ancestry.base is None else ancestry.base.digest,
-        parents=tuple(parent for parent, _ in ancestry.parents),
-    )
-    manifest.check()
-    content = content_digest(
-        {written.file.role: (written.file.layout, written.digests.tensors) for written in files},
-        source.config,
-        targets,
-    )
-    return _Description(manifest, layouts, targets, tuple(findings), content)
-
-
-def nonfinite_findings(written: WrittenFile) -> list[Finding]:
-    """C17 for every tensor with NaN or Inf; after the first twenty only their number."""
-    names = [written.file.layout.tensors[ordinal].name for ordinal in written.digests.nonfinite]
-    mend = "train again from the last finite checkpoint"
-    found = [
-        Finding("C17", "error", name, "the tensor holds NaN or Inf", "finite values", "NaN or Inf", mend)
-        for name in names[:MAX_NONFINITE]
-    ]
-    if len(names) > MAX_NONFINITE:
-        more = f"{len(names) - MAX_NONFINITE} more tensors hold NaN or Inf"
-        found.append(Finding("C17", "error", "", more, "finite values", "NaN or Inf", mend))
-    return found
+            return None
+        external = blobs.external_of_version(connection, known.id)
+        return _Known(frozenset(external), frozenset(descriptions_of(connection, known.id)))
 
 
 def _insert(
     context: Context,
     name: LockedName,
     source: Source,
-    kind: str,
-    described: _Description,
+    described: Description,
     stored: StoredVersion,
     ancestry: _Ancestry,
     request: Request,
@@ -349,7 +340,6 @@ def _insert(
             content_digest=described.content_digest,
             layouts=described.layouts,
             targets=described.targets,
-            config=source.config,
             placement=stored.placement,
             blobs=stored.blobs,
             base_id=None if ancestry.base is None else ancestry.base.id,
@@ -359,22 +349,27 @@ def _insert(
             environment=environment.to_json(),
             message=request.message,
             findings=described.findings,
+            nonfinite=described.nonfinite,
+            origin=source.origin,
             created_by=actor(),
             created_at=now(),
         ),
     )
     # After the rows stand: gc cannot mark these blobs any more, so what is there now stays.
     for blob in stored.blobs:
-        if not context.store.blobs.contains(blob.digest):
+        if not blob.external and not context.store.blobs.contains(blob.digest):
             raise InUse(f"blob {blob.digest} was deleted during the push; push again")
     return version
 
 
-def _annotate(name: LockedName, version: VersionKey, request: Request, *, created: bool) -> None:
+def _annotate(
+    name: LockedName, version: VersionKey, request: Request, of_source: Mapping[str, object], *, created: bool
+) -> None:
     by, at = actor(), now()
     if request.message and not created:
         name.append("note", {"text": request.message}, actor=by, at=at, version=(version.id, version.number))
-    annotation_rows.set_metadata(name, version, request.metadata, actor=by, at=at)
+    metadata = {**read_metadata(of_source), **request.metadata}
+    annotation_rows.set_metadata(name, version, metadata, actor=by, at=at)
     annotation_rows.set_metrics(name, version, request.metrics, step=request.step, actor=by, at=at)
     for tag in request.tags:
         tags.move(name, tag, version, actor=by, at=at, why=request.message)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
-from registry.catalog.contents import StoredComponent, StoredFile
-from registry.core.errors import Corrupt, DigestMismatch, MalformedTensors
+from registry.catalog.contents import Contents, StoredComponent, StoredFile
+from registry.core.errors import Corrupt, DigestMismatch, MalformedTensors, NotStored
 from registry.core.safetensors_header import Header, read_header
 from registry.store.files import storage_errors
 from registry.store.interface import BlobStore
@@ -76,8 +76,20 @@ class BlobReader:
             yield chunk
 
 
+def refuse_external(contents: Contents, what: str) -> None:
+    """
+    Raises:
+        NotStored: the version is known without its bytes.
+    """
+    if contents.external:
+        raise NotStored(
+            f"{what} is recorded without its bytes ('registry show {what}' says where they are); push it again without "
+            "--external to store them"
+        )
+
+
 def file_bytes(
-    reader: BlobReader, blobs: BlobStore, file: StoredFile, component: StoredComponent | None
+    reader: BlobReader, blobs: BlobStore, file: StoredFile, components: Mapping[str, StoredComponent]
 ) -> Iterator[bytes]:
     """The very bytes of a file as it was pushed, in chunks; the last one comes only after the proof.
 
@@ -87,7 +99,7 @@ def file_bytes(
     """
     proof = sha256()
     last = b""
-    for chunk in _unproven(reader, blobs, file, component):
+    for chunk in _unproven(reader, blobs, file, components):
         proof.update(chunk)
         if last:
             yield last
@@ -98,16 +110,46 @@ def file_bytes(
 
 
 def _unproven(
-    reader: BlobReader, blobs: BlobStore, file: StoredFile, component: StoredComponent | None
+    reader: BlobReader, blobs: BlobStore, file: StoredFile, components: Mapping[str, StoredComponent]
 ) -> Iterator[bytes]:
     with blobs.open(file.blob) as stored:
+        done = 0
+        for splice in file.splices or ():
+            while done < splice.at:
+                chunk = _read(stored, min(CHUNK_BYTES, splice.at - done), file.blob)
+                if not chunk:
+                    raise Corrupt(f"blob {file.blob} is shorter than the file {file.path} needs")
+                done += len(chunk)
+                yield chunk
+            places = _component(components, splice.role, file).places[splice.first : splice.first + splice.length]
+            if len(places) != splice.length:
+                raise Corrupt(f"file {file.path} needs tensors that its component {splice.role} has not")
+            for digest, ordinal in places:
+                yield from reader.tensor(digest, ordinal)
         while chunk := _read(stored, CHUNK_BYTES, file.blob):
             yield chunk
-    if not file.whole:
-        if component is None:
-            raise Corrupt(f"file {file.path} is stored in parts, and its component is missing")
-        for digest, ordinal in component.places:
+    if not file.whole and file.splices is None:
+        for digest, ordinal in _component(components, file.role, file).places:
             yield from reader.tensor(digest, ordinal)
+
+
+def _component(components: Mapping[str, StoredComponent], role: str | None, file: StoredFile) -> StoredComponent:
+    if role is None or role not in components:
+        raise Corrupt(f"file {file.path} is stored in parts, and its component is missing")
+    return components[role]
+
+
+def blob_bytes(blobs: BlobStore, digest: str) -> bytes:
+    """All bytes of a small blob, proven.
+
+    Raises:
+        BlobNotFound, DigestMismatch
+    """
+    with blobs.open(digest) as file, storage_errors(f"read blob {digest}", writing=False):
+        data = file.read()
+    if sha256(data).hexdigest() != digest:
+        raise DigestMismatch(f"blob {digest}", expected=digest, actual=sha256(data).hexdigest())
+    return data
 
 
 def _read(file: BinaryIO, most: int, digest: str) -> bytes:

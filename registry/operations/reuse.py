@@ -32,6 +32,10 @@ class Plan:
         return not self.reused and not self.repeats
 
 
+NOTHING_STORED = Plan({}, {}, ())
+"""For files whose bytes stay elsewhere."""
+
+
 def worth_it(saving: int, file_size: int) -> bool:
     """Whether a saving justifies that a version hangs on one blob more."""
     return saving > 0 and (saving >= MIN_SAVING_BYTES or saving >= MIN_SAVING_SHARE * file_size)

@@ -3,21 +3,24 @@ everything lies."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from registry.catalog.blobs import NewBlob, StoredTensor, find_tensors, find_together
 from registry.core.digest import tensor_hasher
 from registry.core.errors import InvalidInput
 from registry.core.layout import Layout
-from registry.core.manifest import Manifest
-from registry.core.placement import FilePlacement, Placement
+from registry.core.placement import FilePlacement, Placement, Splice
 from registry.core.safetensors_header import build_header
 from registry.formats.source import Source, TensorFile
 from registry.operations.context import Context
 from registry.operations.hashing import FileDigests, FileHasher, hash_file, hash_tensor
-from registry.operations.reuse import Plan, plan_reuse
+from registry.operations.reuse import NOTHING_STORED, Plan, plan_reuse
 from registry.store.interface import BlobBatch, StoredBlob
+
+if TYPE_CHECKING:
+    from registry.operations.describing import ComponentContent, Description
 
 STREAM_MIN_BYTES = 16 << 20
 """Files below this are hashed first and written from the page cache; larger new ones are read once."""
@@ -40,6 +43,14 @@ class WrittenFile:
 
 
 @dataclass(frozen=True)
+class WrittenPlainFile:
+    """A file that was written into the batch as it is."""
+
+    path: str
+    stored: StoredBlob
+
+
+@dataclass(frozen=True)
 class StoredVersion:
     """A version's blobs, all of them in the store.
 
@@ -54,27 +65,43 @@ class StoredVersion:
 
 
 def digest_files(
-    context: Context, source: Source, batch: BlobBatch, base_tensors: Mapping[str, StoredTensor]
+    context: Context,
+    source: Source,
+    batch: BlobBatch,
+    base_tensors: Mapping[str, StoredTensor],
+    *,
+    external: bool = False,
 ) -> list[WrittenFile]:
     """Reads every tensor file once. A large file of which nothing seems to be stored is written into the
     batch in that same pass; a few tensors are looked up first to guess which it is, and a wrong guess
-    costs time only."""
+    costs time only. Of an external version nothing is written."""
     written = []
     for file in source.tensor_files:
         staged: StoredBlob | None = None
-        if file.size >= STREAM_MIN_BYTES and not _seems_stored(context, file, base_tensors):
+        streamed = file.size >= STREAM_MIN_BYTES and file.safetensors_head is not None and not external
+        if streamed and not _seems_stored(context, file, base_tensors):
             hasher = FileHasher(file, whole=False)
             staged = batch.put(hasher.chunks())
             digests = FileDigests(staged.digest, hasher.digests.tensors, hasher.digests.nonfinite)
         else:
             digests = hash_file(file)
         if not file.is_unchanged():
-            raise changed(file)
-        plan = _plan(context, file, digests, base_tensors)
+            raise changed(file.path)
+        plan = NOTHING_STORED if external else _plan(context, file, digests, base_tensors)
         if staged is not None and not plan.whole:
             batch.discard(staged)
             staged = None
         written.append(WrittenFile(file, digests, plan, staged))
+    return written
+
+
+def write_plain_files(source: Source, batch: BlobBatch) -> list[WrittenPlainFile]:
+    """Writes the files that are kept as they are into the batch."""
+    written = []
+    for file in source.plain_files:
+        written.append(WrittenPlainFile(file.path, batch.put(file.chunks())))
+        if not file.is_unchanged():
+            raise changed(file.path)
     return written
 
 
@@ -112,27 +139,78 @@ def _plan(context: Context, file: TensorFile, digests: FileDigests, base_tensors
 def store_version(
     context: Context,
     source: Source,
-    manifest: Manifest,
-    layouts: Mapping[str, Layout],
+    described: Description,
     files: Sequence[WrittenFile],
+    plain_files: Sequence[WrittenPlainFile],
     batch: BlobBatch,
+    *,
+    external: bool = False,
 ) -> StoredVersion:
     """Writes all of a version that is not stored yet into the batch; the caller commits it."""
+    manifest = described.manifest
     writer = _Writer(context, batch, index_all=manifest.kind != "adapter")
-    components: dict[str, tuple[tuple[int, int], ...]] = {}
-    placed: dict[str, FilePlacement] = {}
+    where = [writer.external_file(written) if external else writer.tensor_file(written) for written in files]
     for written in files:
-        entries, placement = writer.tensor_file(written)
-        components[written.file.role] = entries
-        placed[written.file.path] = placement
-    for plain in source.plain_files:
-        placed[plain.path] = FilePlacement(writer.bytes_blob(plain.data, "file"), whole=True)
-    for layout in layouts.values():
+        if not written.file.is_unchanged():  # a skeleton is not proven by its tensors' digests
+            raise changed(written.file.path)
+    components = {
+        role: tuple(where[number].entries[ordinal] for number, ordinal in content.places)
+        for role, content in described.components.items()
+    }
+    carried = {file.path: file.component for file in manifest.files}
+    placed: dict[str, FilePlacement] = {}
+    for number, written in enumerate(files):
+        skeleton = where[number].skeleton
+        if skeleton is None:
+            placed[written.file.path] = FilePlacement(where[number].blob, whole=True)
+        elif carried[written.file.path] is not None:
+            placed[written.file.path] = FilePlacement(skeleton, whole=False)
+        else:
+            splices = _splices(number, written.file, described.components)
+            placed[written.file.path] = FilePlacement(skeleton, whole=False, splices=splices)
+    for plain in plain_files:
+        placed[plain.path] = FilePlacement(writer.add(plain.stored, "file"), whole=True)
+    for data in source.data.values():
+        writer.bytes_blob(data, "data")
+    for layout in described.layouts.values():
         writer.bytes_blob(layout.document, "layout")
     writer.bytes_blob(manifest.document, "manifest")
     return StoredVersion(
         Placement(tuple(writer.roles), components, placed), tuple(writer.blobs.values()), writer.bytes_new
     )
+
+
+def _splices(number: int, file: TensorFile, components: Mapping[str, ComponentContent]) -> tuple[Splice, ...]:
+    """Where the tensors of a file come into its skeleton, tensors that follow each other taken together."""
+    known: dict[int, tuple[str, int]] = {}
+    for role in file.entries:
+        for position, (its_file, ordinal) in enumerate(components[role].places):
+            if its_file == number:
+                known.setdefault(ordinal, (role, position))
+    found: list[Splice] = []
+    for at, ordinal in file.inserts:
+        role, position = known[ordinal]
+        last = found[-1] if found else None
+        if last is not None and (last.at, last.role, last.first + last.length) == (at, role, position):
+            found[-1] = Splice(at, role, last.first, last.length + 1)
+        else:
+            found.append(Splice(at, role, position, 1))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class _FilePlace:
+    """Where one tensor file lies.
+
+    Attributes:
+        entries: for each tensor of the file (position of the blob, ordinal there).
+        blob: position of the blob that is the file, where there is one.
+        skeleton: position of the blob of its skeleton, where there is none.
+    """
+
+    entries: tuple[tuple[int, int], ...]
+    blob: int = -1
+    skeleton: int | None = None
 
 
 class _Writer:
@@ -147,24 +225,28 @@ class _Writer:
         self.bytes_new = 0
 
     def bytes_blob(self, data: bytes, role: str) -> int:
-        stored = self._batch.put([data])
-        return self._add(stored, role, NewBlob(stored.digest, stored.size))
+        return self.add(self._batch.put([data]), role)
 
-    def tensor_file(self, written: WrittenFile) -> tuple[tuple[tuple[int, int], ...], FilePlacement]:
-        """Stores a tensor file: whole, or its header and the tensors that are new."""
+    def external_file(self, written: WrittenFile) -> _FilePlace:
+        """Takes note of a file without storing it."""
+        file, digests = written.file, written.digests
+        if file.safetensors_head is None:
+            raise InvalidInput(
+                f"{file.path} is no safetensors file, so it cannot be recorded as external; push it with its bytes, or "
+                "save it as safetensors"
+            )
+        blob = NewBlob(digests.sha256, file.size, file.layout, digests.tensors, self._index_all, external=True)
+        position = self._add(StoredBlob(digests.sha256, file.size, created=False), "external", blob)
+        return _FilePlace(tuple((position, ordinal) for ordinal in range(len(file.layout))), blob=position)
+
+    def tensor_file(self, written: WrittenFile) -> _FilePlace:
+        """Stores a tensor file: whole, or its skeleton and the tensors that are new."""
         file, digests, plan = written.file, written.digests, written.plan
-        known = self._context.store.blobs.contains(digests.sha256)
-        if plan.whole or known:
-            if written.staged is not None:
-                stored = written.staged
-            elif known and self._context.store.blobs.size(digests.sha256) == file.size:
-                stored = StoredBlob(digests.sha256, file.size, created=False)
-            else:
-                stored = self._batch.put(file.chunks())
-                if stored.digest != digests.sha256:
-                    raise changed(file)
-            position = self._tensors_blob(stored, file.layout, digests.tensors)
-            return tuple((position, ordinal) for ordinal in range(len(file.layout))), FilePlacement(position, True)
+        if file.safetensors_head is not None:
+            known = self._context.store.blobs.contains(digests.sha256)
+            if plan.whole or known:
+                position = self._tensors_blob(self.whole_file(written), file.layout, digests.tensors)
+                return _FilePlace(tuple((position, ordinal) for ordinal in range(len(file.layout))), blob=position)
         where: dict[int, tuple[int, int]] = {}
         if plan.new:
             layout = Layout(tuple(file.layout.tensors[ordinal] for ordinal in plan.new))
@@ -175,8 +257,21 @@ class _Writer:
             where[ordinal] = (self._reused_blob(reused.blob), reused.ordinal)
         for ordinal, first in plan.repeats.items():
             where[ordinal] = where[first]
-        header = self.bytes_blob(file.head, "header")
-        return tuple(where[ordinal] for ordinal in range(len(file.layout))), FilePlacement(header, False)
+        skeleton = self.add(self._batch.put(_skeleton(file)), "header")
+        return _FilePlace(tuple(where[ordinal] for ordinal in range(len(file.layout))), skeleton=skeleton)
+
+    def whole_file(self, written: WrittenFile) -> StoredBlob:
+        """The file as one blob."""
+        file, digests = written.file, written.digests
+        blobs = self._context.store.blobs
+        if written.staged is not None:
+            return written.staged
+        if blobs.contains(digests.sha256) and blobs.size(digests.sha256) == file.size:
+            return StoredBlob(digests.sha256, file.size, created=False)
+        stored = self._batch.put(file.chunks())
+        if stored.digest != digests.sha256:
+            raise changed(file.path)
+        return stored
 
     def _tensors_blob(self, stored: StoredBlob, layout: Layout, tensors: Sequence[str]) -> int:
         blob = NewBlob(stored.digest, stored.size, layout, tuple(tensors), self._index_all)
@@ -186,6 +281,10 @@ class _Writer:
         size = self._context.store.blobs.size(digest)
         return self._add(StoredBlob(digest, size, created=False), "reused", NewBlob(digest, size))
 
+    def add(self, stored: StoredBlob, role: str) -> int:
+        """Takes in a blob without tensors; its position in the placement."""
+        return self._add(stored, role, NewBlob(stored.digest, stored.size))
+
     def _add(self, stored: StoredBlob, role: str, blob: NewBlob) -> int:
         if stored.digest in self.blobs:
             return next(i for i, (digest, _) in enumerate(self.roles) if digest == stored.digest)
@@ -193,6 +292,23 @@ class _Writer:
         self.roles.append((stored.digest, role))
         self.bytes_new += stored.size if stored.created else 0
         return len(self.roles) - 1
+
+
+def store_missing(context: Context, files: Sequence[WrittenFile], missing: Set[str], batch: BlobBatch) -> int:
+    """Writes those files whose bytes a version recorded as external and the store lacks.
+
+    Returns:
+        Bytes that the store did not hold before.
+    """
+    writer = _Writer(context, batch, index_all=True)
+    stored = [writer.whole_file(written) for written in files if written.digests.sha256 in missing]
+    return sum(blob.size for blob in stored if blob.created)
+
+
+def _skeleton(file: TensorFile) -> Iterator[memoryview]:
+    for piece in file.pieces():
+        if not isinstance(piece, int):
+            yield from file.skeleton(*piece)
 
 
 def _new_tensors(file: TensorFile, digests: FileDigests, plan: Plan, layout: Layout) -> Iterator[memoryview]:
@@ -205,8 +321,8 @@ def _new_tensors(file: TensorFile, digests: FileDigests, plan: Plan, layout: Lay
             hasher.update(chunk)
             yield chunk
         if hasher.hexdigest() != digests.tensors[ordinal]:
-            raise changed(file)
+            raise changed(file.path)
 
 
-def changed(file: TensorFile) -> InvalidInput:
-    return InvalidInput(f"{file.path} changed while it was pushed; push it when nobody writes it")
+def changed(path: str) -> InvalidInput:
+    return InvalidInput(f"{path} changed while it was pushed; push it when nobody writes it")

@@ -71,6 +71,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         for seq in (1, 2)
     ],
     "outbox": [{"artifact_id": 1, "seq": 1}],
+    "described_blob": [{"artifact_id": 1, "seq": 1, "role": "probe", "blob_id": 1}],
     "lineage": [{"child_id": 2, "parent_id": 1, "relation": "merged_from", "weight": 0.5}],
     "metadata": [{"version_id": 1, "key": "k", "text_value": "1", "number_value": 1.0}],
     "metric": [{"version_id": 1, "key": "k", "value": 1.0, "kind": "finite", "step": 1, "at": NOW}],
@@ -104,6 +105,7 @@ WRONG: dict[str, list[dict[str, Any]]] = {
     ],
     "ck_version_blob_role_known": [{"role": "adapter"}],
     "ck_version_file_size": [{"size": -1}],
+    "ck_version_file_splices_of_skeleton": [{"splices": "[]"}, {"splices": "[]", "whole": False, "role": "model"}],
     "ck_tag_latest_is_derived": [{"name": "latest"}],
     "ck_tag_name_length": [{"name": ""}, {"name": "t" * 129}],
     "ck_event_seq": [{"seq": 0}],
@@ -163,6 +165,7 @@ NEXT: dict[str, dict[str, Any]] = {
     "tag": {"name": "best"},
     "event": {"seq": 3},
     "outbox": {"seq": 2},
+    "described_blob": {"role": "history"},
     "lineage": {"child_id": 4},
     "metadata": {"key": "l"},
     "metric": {"key": "l"},

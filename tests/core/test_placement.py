@@ -29,14 +29,14 @@ def test_what_is_written_is_read_back_also_through_json() -> None:
 @pytest.mark.parametrize(
     ("runs", "reason"),
     [
-        ([[6, 0, 1]], "with 6 blobs"),
-        ([[-1, 0, 1]], "with 6 blobs"),
-        ([[0, -1, 1]], "with 6 blobs"),
-        ([[0, 0, 0]], "with 6 blobs"),
-        ([[0, 0, -1]], "with 6 blobs"),
-        ([[0, 0, 10**15]], "with 6 blobs"),
-        ([[0, MAX_TENSORS, 1]], "with 6 blobs"),
-        ([[0, 0, MAX_TENSORS - 1], [1, 0, 2]], "with 6 blobs"),
+        ([[len(BLOBS), 0, 1]], f"with {len(BLOBS)} blobs"),
+        ([[-1, 0, 1]], f"with {len(BLOBS)} blobs"),
+        ([[0, -1, 1]], f"with {len(BLOBS)} blobs"),
+        ([[0, 0, 0]], f"with {len(BLOBS)} blobs"),
+        ([[0, 0, -1]], f"with {len(BLOBS)} blobs"),
+        ([[0, 0, 10**15]], f"with {len(BLOBS)} blobs"),
+        ([[0, MAX_TENSORS, 1]], f"with {len(BLOBS)} blobs"),
+        ([[0, 0, MAX_TENSORS - 1], [1, 0, 2]], f"with {len(BLOBS)} blobs"),
         ([["0", 0, 1]], "whole numbers"),
         ([[0.0, 0, 1]], "whole numbers"),
         ([[True, 0, 1]], "whole numbers"),
@@ -51,7 +51,9 @@ def test_a_bad_run_is_refused(runs: Any, reason: str) -> None:
         Placement.from_json({**placement().to_json(), "components": {"model": runs}})
 
 
-@pytest.mark.parametrize("file", [[6, True], [-1, True], ["0", True], [0, 1], [0], [0, True, 1], None, [True, True]])
+@pytest.mark.parametrize(
+    "file", [[len(BLOBS), True], [-1, True], ["0", True], [0, 1], [0], [0, True, 1], None, [True, True]]
+)
 def test_a_bad_file_is_refused(file: Any) -> None:
     with pytest.raises(InvalidManifest, match="not a placement"):
         Placement.from_json({**placement().to_json(), "files": {"x": file}})

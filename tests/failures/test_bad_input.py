@@ -131,8 +131,8 @@ class TestASafetensorsFile:
         path = tensor_file(tmp_path / "model.safetensors", model_tensors(seed=5))
         digest_files = push.digest_files
 
-        def rewritten_in_between(*arguments: Any) -> Any:
-            done = digest_files(*arguments)
+        def rewritten_in_between(*arguments: Any, **options: Any) -> Any:
+            done = digest_files(*arguments, **options)
             with path.open("r+b") as file:
                 file.seek(-4, os.SEEK_END)
                 file.write(b"\1\2\3\4")

@@ -20,7 +20,7 @@ from registry.core.errors import InvalidManifest, InvalidQuery, InvalidReference
 from registry.core.event import Event, format_moment, number_from_json, number_to_json, payload_text, read_payload
 from registry.core.layout import DTYPE_BITS, Layout, TensorSpec
 from registry.core.manifest import KINDS, RELATIONS, Component, File, Manifest, Parent
-from registry.core.placement import ROLES, FilePlacement, Placement, pack_entries, unpack_entries
+from registry.core.placement import ROLES, FilePlacement, Placement, Splice, pack_entries, unpack_entries
 from registry.core.query import Condition, parse_where
 from registry.core.reference import Reference, parse_reference
 from registry.core.safetensors_header import build_header, parse_header
@@ -167,11 +167,25 @@ def placements(draw: st.DrawFn) -> Placement:
     blobs = tuple((digest, draw(st.sampled_from(ROLES))) for digest in digests)
     places = st.integers(0, len(blobs) - 1)
     entries = st.lists(st.tuples(places, st.integers(0, 6)), max_size=12).map(tuple)
-    files = st.builds(FilePlacement, places, st.booleans())
+    components = draw(st.dictionaries(ROLE_NAMES, entries, max_size=2))
+    plain = st.builds(FilePlacement, places, st.booleans())
     return Placement(
-        blobs,
-        draw(st.dictionaries(ROLE_NAMES, entries, max_size=2)),
-        draw(st.dictionaries(PATHS, files, max_size=2)),
+        blobs, components, draw(st.dictionaries(PATHS, st.one_of(plain, skeletons(components)), max_size=2))
+    )
+
+
+def skeletons(components: dict[str, tuple[tuple[int, int], ...]]) -> st.SearchStrategy[FilePlacement]:
+    """Files with tensors of these components in them, in the first blob."""
+    runs = [(role, first) for role, entries in components.items() for first in range(len(entries))]
+    if not runs:
+        return st.just(FilePlacement(0, False, ()))
+    bounds = st.lists(st.integers(0, 2**53 - 1), max_size=4).map(sorted)
+    return bounds.flatmap(
+        lambda places: st.tuples(*(st.sampled_from(runs) for _ in places)).map(
+            lambda chosen: FilePlacement(
+                0, False, tuple(Splice(at, role, first, 1) for at, (role, first) in zip(places, chosen, strict=True))
+            )
+        )
     )
 
 
