@@ -11,11 +11,10 @@ from registry.catalog.blobs import NewBlob, register_blobs
 from registry.catalog.names import LockedName
 from registry.catalog.tables import blob, described_blob, event
 from registry.catalog.versions import VersionKey
-from registry.store.interface import StoredBlob
 
 
 def add_descriptions(
-    name: LockedName, version: VersionKey, blobs: Mapping[str, StoredBlob], *, actor: str, at: datetime
+    name: LockedName, version: VersionKey, blobs: Mapping[str, NewBlob], *, actor: str, at: datetime
 ) -> None:
     """Appends a `described` event that names these blobs, which are in the store, by role; none: no event.
 
@@ -24,8 +23,7 @@ def add_descriptions(
     """
     if not blobs:
         return
-    new = [NewBlob(stored.digest, stored.size) for stored in blobs.values()]
-    ids = register_blobs(name.connection, new, {}, name.time_of_event(at))
+    ids = register_blobs(name.connection, blobs.values(), {}, name.time_of_event(at))
     payload = {"blobs": {role: stored.digest for role, stored in blobs.items()}}
     appended = name.append("described", payload, actor=actor, at=at, version=(version.id, version.number))
     name.connection.execute(

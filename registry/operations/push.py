@@ -41,7 +41,6 @@ from registry.operations.writing import (
     store_version,
     write_plain_files,
 )
-from registry.store.interface import StoredBlob
 
 ATTEMPTS = 3
 
@@ -229,7 +228,7 @@ def _push_once(
     stored: StoredVersion | None = None
     bytes_added = 0
     filled: frozenset[str] = frozenset()
-    descriptions: dict[str, StoredBlob] = {}
+    descriptions: dict[str, blobs.NewBlob] = {}
     with context.store.blobs.batch() as batch:
         files = digest_files(context, source, batch, ancestry.base_tensors, external=request.external)
         plain_files = write_plain_files(source, batch)
@@ -246,7 +245,8 @@ def _push_once(
             raise changed(f"the {source.form}")
         for role, data in source.described.items():
             if known is None or role not in known.described:
-                descriptions[role] = batch.put([data])
+                put = batch.put([data])
+                descriptions[role] = blobs.NewBlob(put.digest, put.size)
         if known is None or filled or descriptions:  # else the batch is dropped as it is
             batch.commit()
     with context.writing() as connection:
