@@ -102,7 +102,8 @@ def _config(a: AdapterConfig | None, b: AdapterConfig | None) -> tuple[ValueDiff
     """Keys whose values differ; none where one side has no configuration at all, which is a note."""
     if a is None or b is None:
         return ()
-    found = [canonical_config(one) for one in (a, b)]
+    # Null and no such key are one to PEFT, and every PEFT has other keys.
+    found = [{key: value for key, value in canonical_config(one).items() if value is not None} for one in (a, b)]
     # 1 and true are equal to Python and not to PEFT.
     kinds = [{key: (type(value) is bool, value) for key, value in document.items()} for document in found]
     return tuple(
