@@ -82,7 +82,7 @@ def _page(difference: Difference, limit: int, columns: int | None) -> Iterator[s
     yield paint(f"A  {difference.a.reference}", BOLD)
     yield paint(f"B  {difference.b.reference}", BOLD)
     same = "A and B have the same content" if difference.same_content else "the content differs"
-    yield "A and B are the same version" if difference.a.digest == difference.b.digest else same
+    yield "A and B are the same, to the last byte" if difference.a.digest == difference.b.digest else same
     for note in difference.notes:
         yield from (paint(line, YELLOW) for line in _folded(f"note: {escaped(note)}", columns))
     facts = list(_facts(difference))

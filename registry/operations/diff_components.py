@@ -12,6 +12,7 @@ from registry.catalog.contents import StoredComponent
 from registry.core.adapter_config import AdapterConfig
 from registry.core.adapter_names import canonical_name
 from registry.core.layout import Layout, TensorSpec
+from registry.core.tensor_names import split_at_tuner, without_layers
 from registry.merge.lora_modules import LoraModule, lora_modules
 from registry.operations.difference import (
     Change,
@@ -55,7 +56,8 @@ def compare(
         mine, others = lora_modules(one.layout, config_a), lora_modules(two.layout, config_b)
         pairs = {path: (mine.get(path), others.get(path)) for path in {**mine, **others}}
         modules = {path: pair for path, pair in pairs.items() if _differs(pair, one, two)}
-        listed = [_module(path, pair, one.layout, two.layout) for path, pair in modules.items()]
+        touched = (_touched(one.layout, mine), _touched(two.layout, others))
+        listed = [_module(path, pair, (one.layout, two.layout), touched) for path, pair in modules.items()]
         same_modules = len(pairs) - len(modules)
     factor_of = [
         {name: module.module for module in listed if not module.note for name in _factors(modules[module.module][side])}
@@ -150,14 +152,36 @@ def _differs(pair: Pair, one: StoredComponent, two: StoredComponent) -> bool:
     return _side(a) != _side(b) or a.obstacle != b.obstacle or digests[0] != digests[1]
 
 
-def _module(path: str, pair: Pair, layout_a: Layout, layout_b: Layout) -> ModuleDifference:
+def _touched(layout: Layout, modules: Mapping[str, LoraModule]) -> set[str]:
+    """Paths of the modules whose weights an adapter's tensors say something of, in whatever way."""
+    found = set(modules)
+    factors = {name for module in modules.values() for name in module.tensors}
+    for spec in (spec for spec in layout if spec.name not in factors):
+        name = canonical_name(spec.name)
+        split = split_at_tuner(name)
+        path, _, leaf = name.rpartition(".")
+        if split is not None or leaf != "bias":
+            found.add(".".join(without_layers((split[0] if split is not None else path).split("."))))
+    return found
+
+
+def _module(
+    path: str, pair: Pair, layouts: tuple[Layout, Layout], touched: tuple[set[str], set[str]]
+) -> ModuleDifference:
     a, b = pair
     change: Change = "removed" if b is None else "added" if a is None else "changed"
     note = (a.obstacle if a is not None else "") or (b.obstacle if b is not None else "")
-    if not note and a is not None and b is not None:
-        sizes = [_sizes(module, layout) for module, layout in ((a, layout_a), (b, layout_b))]
-        if sizes[0] != sizes[1]:
-            note = f"the modules differ: {sizes[0]} and {sizes[1]}"
+    sizes = {_sizes(module, layout) for module, layout in zip(pair, layouts, strict=True) if module is not None}
+    dtypes = {
+        layout.by_name[name].dtype for module, layout in zip(pair, layouts, strict=True) for name in _factors(module)
+    }
+    if not note and len(sizes) > 1:
+        note = f"the modules differ: {' and '.join(sorted(sizes))}"
+    if not note and not dtypes <= set(_FLOATS):
+        note = f"the factors are no floats: {', '.join(sorted(dtypes))}"
+    owner = path.rpartition(".")[0] if any(size.startswith("parameter") for size in sizes) else path
+    if not note and change != "changed" and {path, owner} & touched[0 if a is None else 1]:
+        note = "the other adapter changes it too, and not by a pair of factors"
     return ModuleDifference(path, change, _side(a), _side(b), note=note)
 
 

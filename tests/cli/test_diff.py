@@ -28,7 +28,7 @@ def test_different_versions_are_told_apart_by_the_exit_code(run: Run, here: Path
 
 def test_equal_versions_exit_with_0(run: Run, here: Path) -> None:
     ran = run("diff", "walk/perturb@2", "walk/perturb:prod")
-    assert (ran.code, ran.out.splitlines()[2]) == (0, "A and B are the same version")
+    assert (ran.code, ran.out.splitlines()[2]) == (0, "A and B are the same, to the last byte")
 
 
 def test_equal_content_in_another_form_exits_with_0_and_shows_the_form(run: Run, here: Path, artifacts: Path) -> None:

@@ -147,6 +147,29 @@ def test_an_adapter_that_leaves_a_module_alone_adds_zero_to_it(registry: Registr
     assert {tensor.change for tensor in back.tensors if tensor.module == "v_proj"} == {"added"}
 
 
+def test_a_module_that_one_adapter_replaces_is_not_taken_for_zero(registry: Registry) -> None:
+    registry.push(lora(), "walk/factors")
+    registry.push(lora(target_modules=["q_proj"], modules_to_save=["v_proj"]), "walk/copy")
+    module = next(one for one in only(registry.diff("walk/factors", "walk/copy")).modules if one.module == "v_proj")
+    assert (module.change, module.norms) == ("removed", None)
+    assert module.note == "the other adapter changes it too, and not by a pair of factors"
+
+
+def test_two_parameters_of_one_module_are_two_modules(registry: Registry) -> None:
+    for name in ("up_proj", "down_proj"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = get_peft_model(zoo(), LoraConfig(target_modules=[], target_parameters=[f"experts.{name}"]))
+        train(model)
+        registry.push(model, "walk/experts")
+    found = {one.module: one for one in only(registry.diff("walk/experts@1", "walk/experts@2")).modules}
+    assert {path: one.change for path, one in found.items()} == {
+        "experts.up_proj": "removed",
+        "experts.down_proj": "added",
+    }
+    assert all(one.norms is not None for one in found.values())
+
+
 def test_adapters_that_were_never_trained_have_no_angle(registry: Registry) -> None:
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -235,7 +258,7 @@ def test_modules_of_other_sizes_are_not_measured(registry: Registry) -> None:
         model = nn.Sequential(nn.Linear(16, out))
         registry.push(lora(model, target_modules=["0"]), "walk/sizes")
     (module,) = only(registry.diff("walk/sizes@1", "walk/sizes@2")).modules
-    assert (module.norms, module.note) == (None, "the modules differ: linear 16 x 16 and linear 12 x 16")
+    assert (module.norms, module.note) == (None, "the modules differ: linear 12 x 16 and linear 16 x 16")
 
 
 def test_weights_with_nan_come_first_and_stay_nan(registry: Registry) -> None:
