@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from registry.core.errors import NotFound as NotFound
     from registry.core.errors import RegistryError as RegistryError
     from registry.core.errors import StorageError as StorageError
+    from registry.registry import Difference as Difference
     from registry.registry import PullResult as PullResult
     from registry.registry import PushResult as PushResult
     from registry.registry import Registry as Registry
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "registry.registry": ("PullResult", "PushResult", "Registry", "Version"),
+    "registry.registry": ("Difference", "PullResult", "PushResult", "Registry", "Version"),
     "registry.core.errors": (
         "Conflict",
         "Corrupt",

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from registry.operations.difference import Difference
     from registry.operations.pull import PullResult
     from registry.operations.push import PushResult
 
-__all__ = ["Details", "Event", "Finding", "Lineage", "PullResult", "PushResult", "Registry", "Version"]
+__all__ = ["Details", "Difference", "Event", "Finding", "Lineage", "PullResult", "PushResult", "Registry", "Version"]
 
 
 def __getattr__(name: str) -> Any:
@@ -39,6 +40,10 @@ def __getattr__(name: str) -> Any:
         from registry.operations.pull import PullResult
 
         return PullResult
+    if name == "Difference":
+        from registry.operations.difference import Difference
+
+        return Difference
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -305,6 +310,29 @@ class Registry:
         from registry.operations.load import load
 
         return load(self._context, reference, model, component=component, adapter_name=adapter_name, strict=strict)
+
+    def diff(self, a: str, b: str, *, weights: bool = True) -> Difference:
+        """What is different between two versions, of one name or of two, and of any kinds.
+
+        Tensors are compared by digest under their canonical names, from the catalog alone. Of adapters, what each adds
+        to the weight of a module, `scaling * B @ A`, is compared by its low-rank factors, whatever the ranks; where a
+        variant like DoRA computes something else, that is said, and the tensors are compared.
+
+        Args:
+            weights: read the tensors that differ, and measure how far they are apart. Without it neither torch is
+                imported nor a weight read.
+
+        Returns:
+            All differences; `same_content` where there are none but of form (spelling of the configuration, names of
+            adapters and wrappers, metadata, files).
+
+        Raises:
+            InvalidReference, ArtifactNotFound, VersionNotFound, TagNotFound
+            DigestMismatch, BlobNotFound, Corrupt: the store is damaged.
+        """
+        from registry.operations.diff import diff
+
+        return diff(self._context, a, b, weights=weights)
 
     def tag(
         self, reference: str, tag: str, *, why: str | None = None, expected: int | None = None, protect: bool = False

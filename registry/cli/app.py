@@ -29,6 +29,7 @@ COMMANDS = {
     "show": "registry.cli.show",
     "tag": "registry.cli.tag",
     "log": "registry.cli.log",
+    "diff": "registry.cli.diff",
     "annotate": "registry.cli.annotate",
     "upgrade": "registry.cli.places",
 }

@@ -12,7 +12,9 @@ from registry.operations.version import as_version
 if TYPE_CHECKING:
     from registry.core.event import Event
     from registry.core.findings import Finding
-    from registry.registry import Details, Lineage, PullResult, PushResult, Version
+    from registry.core.layout import TensorSpec
+    from registry.operations.difference import ComponentDifference, ModuleSide, Norms, ValueDifference
+    from registry.registry import Details, Difference, Lineage, PullResult, PushResult, Version
 
 
 def sha256(digest: str) -> str:
@@ -184,6 +186,100 @@ def lineage_document(lineage: Lineage) -> dict[str, Any]:
         "reference": lineage.names[lineage.id],
         "ancestors": edges(lineage.ancestors),
         "descendants": edges(lineage.descendants),
+    }
+
+
+def difference_document(difference: Difference) -> dict[str, Any]:
+    """`registry diff --json`; a member `a` or `b` is null where that version has no such thing."""
+
+    def values(of: Iterable[ValueDifference]) -> list[dict[str, Any]]:
+        return [{"key": one.key, "change": one.change, "a": one.a, "b": one.b} for one in of]
+
+    return {
+        "a": _compared(difference.a),
+        "b": _compared(difference.b),
+        "same_content": difference.same_content,
+        "facts": values(difference.facts),
+        "config": values(difference.config),
+        "metadata": values(difference.metadata),
+        "metrics": values(difference.metrics),
+        "files": [
+            {
+                "path": one.path,
+                "change": one.change,
+                "a": None if one.a is None else {"digest": sha256(one.a.sha256), "size": one.a.size},
+                "b": None if one.b is None else {"digest": sha256(one.b.sha256), "size": one.b.size},
+            }
+            for one in difference.files
+        ],
+        "weights": difference.weights,
+        "components": [_component_difference(one) for one in difference.components],
+        "notes": list(difference.notes),
+    }
+
+
+def _compared(version: Version) -> dict[str, Any]:
+    return {
+        "name": version.name,
+        "version": version.version,
+        "digest": sha256(version.digest),
+        "content_digest": sha256(version.content_digest),
+        "kind": version.kind,
+    }
+
+
+def _component_difference(component: ComponentDifference) -> dict[str, Any]:
+    return {
+        "name": component.role,
+        "change": component.change,
+        "tensors_a": component.count_a,
+        "tensors_b": component.count_b,
+        "same_tensors": component.same,
+        "same_modules": component.same_modules,
+        "modules": [
+            {
+                "module": one.module,
+                "change": one.change,
+                "a": _module_side(one.a),
+                "b": _module_side(one.b),
+                "norms": _norms(one.norms),
+                "note": one.note,
+            }
+            for one in component.modules
+        ],
+        "tensors": [
+            {
+                "name": one.name,
+                "change": one.change,
+                "a": _spec(one.a),
+                "b": _spec(one.b),
+                "module": one.module,
+                "norms": _norms(one.norms),
+                "elements": one.elements,
+                "note": one.note,
+            }
+            for one in component.tensors
+        ],
+    }
+
+
+def _spec(spec: TensorSpec | None) -> dict[str, Any] | None:
+    return None if spec is None else {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
+
+
+def _module_side(side: ModuleSide | None) -> dict[str, Any] | None:
+    return None if side is None else {"kind": side.kind, "r": side.rank, "scaling": _number(side.scaling)}
+
+
+def _norms(norms: Norms | None) -> dict[str, Any] | None:
+    if norms is None:
+        return None
+    return {
+        "a": _number(norms.a),
+        "b": _number(norms.b),
+        "distance": _number(norms.distance),
+        "relative": _number(norms.relative),
+        "cosine": _number(norms.cosine),
     }
 
 

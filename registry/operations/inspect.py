@@ -81,19 +81,19 @@ def search(
     sort = None if order_by is None else parse_sort(order_by)
     with context.reading() as connection:
         ids = find_ids(connection, Search(pattern, base, tag, kind, conditions, sort, limit))
-        return _found(connection, ids)
+        return found_of(connection, ids)
 
 
 def get(context: Context, reference: str) -> Found:
     """The version that a reference names."""
     with context.reading() as connection:
-        return _found(connection, [resolve(connection, parse_reference(reference)).id])[0]
+        return found_of(connection, [resolve(connection, parse_reference(reference)).id])[0]
 
 
 def get_key(context: Context, key: VersionKey) -> Found:
     """The version of a key that an operation gave."""
     with context.reading() as connection:
-        return _found(connection, [key.id])[0]
+        return found_of(connection, [key.id])[0]
 
 
 def pinned(context: Context, reference: str) -> str:
@@ -112,7 +112,7 @@ def details(context: Context, reference: str) -> Details:
     with context.reading() as connection:
         key = resolve(connection, parsed)
         return Details(
-            _found(connection, [key.id])[0],
+            found_of(connection, [key.id])[0],
             read_contents(connection, key.id),
             findings_of(connection, key.id),
             tuple(events_of(connection, parsed.namespace, parsed.name, version_id=key.id)),
@@ -129,7 +129,8 @@ def lineage(context: Context, reference: str) -> Lineage:
         return Lineage(key.id, tuple(ancestors), tuple(descendants), references(connection, sorted(ids)))
 
 
-def _found(connection: Connection, ids: Sequence[int]) -> list[Found]:
+def found_of(connection: Connection, ids: Sequence[int]) -> list[Found]:
+    """The versions with these row ids, in their order."""
     metadata, metrics = metadata_of(connection, ids), metrics_of(connection, ids)
     return [
         Found(record, metadata.get(record.id, {}), metrics.get(record.id, {})) for record in records(connection, ids)

@@ -73,7 +73,7 @@ def _read(context: Context, reference: str, component: str | None) -> _Loaded:
         raise NotFound(f"{record.reference} has no component {roles[0] if roles else 'model'}; it has {known}")
     with BlobReader(context.store.blobs) as reader:
         tensors = read_tensors(reader, contents.components[roles[0]])
-        config = _config(context, reader, contents)
+        config = config_of(context, reader, contents)
         document = contents.components[roles[0]].data
         state = None if document is None else blob_bytes(context.store.blobs, document)
     return _Loaded(record, config, tensors, roles[0], state)
@@ -90,7 +90,12 @@ def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-def _config(context: Context, reader: BlobReader, contents: Contents) -> AdapterConfig | None:
+def config_of(context: Context, reader: BlobReader, contents: Contents) -> AdapterConfig | None:
+    """An adapter's configuration: from its file, else from the catalog; None where it came without one.
+
+    Raises:
+        DigestMismatch, BlobNotFound, Corrupt
+    """
     for file in contents.files:
         if file.path == ADAPTER_CONFIG:
             data = b"".join(file_bytes(reader, context.store.blobs, file, {}))

@@ -49,7 +49,7 @@ def test_every_example_runs(run: Run, here: Path, artifacts: Path, name: str) ->
         if any(word.startswith("postgresql://") for word in words):
             continue  # tested on a server in test_places.py
         ran = run(*words)
-        assert ran.code == 0, (words, ran)
+        assert ran.code == 0 or (name == "diff" and ran.code == 1), (words, ran)
 
 
 def test_help_of_the_group_names_every_command_and_how_to_begin(run: Run) -> None:
