@@ -250,7 +250,9 @@ class Registry:
             destination: a folder for a version of several files (made where it is not there), a file
                 or an existing folder for one of a single file.
             format: `native` gives the very files that were pushed; `peft` a folder that
-                `PeftModel.from_pretrained` takes, with the PEFT version that a live push captured.
+                `PeftModel.from_pretrained` takes, with the PEFT version that a live push captured, also of an
+                adapter within a checkpoint; `safetensors` one file with the configuration in its header; `pth` one
+                file in pdp's forms, which `torch.load(weights_only=True)` opens.
             force: replace files that are there. Into a folder that is there already, file by file.
 
         Raises:

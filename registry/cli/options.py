@@ -16,7 +16,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 CONTEXT_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 KINDS = ("adapter", "base", "checkpoint")
-FORMATS = ("native", "peft")
+FORMATS = ("native", "peft", "safetensors", "pth")
 
 
 @dataclass

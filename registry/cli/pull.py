@@ -13,7 +13,11 @@ from registry.cli.output import emit, emit_json, escaped, human_size, waiting
     name="pull",
     cls=Command,
     short_help="Write a version's files to a folder or file.",
-    examples=["registry pull walk/perturb:prod back/", "registry pull walk/perturb@1 peft/ --format peft"],
+    examples=[
+        "registry pull walk/perturb:prod back/",
+        "registry pull walk/perturb@1 peft/ --format peft",
+        "registry pull walk/perturb@1 adapter.pth --format pth",
+    ],
 )
 @click.argument("ref")
 @click.argument("dest")
@@ -23,7 +27,8 @@ from registry.cli.output import emit, emit_json, escaped, human_size, waiting
     type=click.Choice(FORMATS),
     default="native",
     show_default=True,
-    help="native: the very files that were pushed. peft: a folder for PeftModel.from_pretrained.",
+    help="native: the very files that were pushed. peft: a folder for PeftModel.from_pretrained. safetensors: one file "
+    "with the configuration in its header. pth: one file for torch.load(weights_only=True), as pdp reads it.",
 )
 @click.option("--force", is_flag=True, help="Replace files that are there.")
 @common_options

@@ -1,5 +1,6 @@
 """State documents: what a state dict holds beside tensors, as canonical JSON. An optimizer's `param_groups`, a
-scheduler's counters and a configuration come back as they were; tensors stand in the component, under their names here.
+scheduler's counters and a configuration come back as they were, but that the text keys of a dict are sorted; tensors
+stand in the component, under their names here.
 
 | in Python | in the document |
 |---|---|

@@ -14,8 +14,9 @@ from registry.core.adapter_names import targets_of
 from registry.core.errors import InvalidInput, UnsupportedTensor
 from registry.core.layout import DTYPE_BITS, Layout, TensorSpec
 from registry.core.reference import shown
+from registry.formats.kinds import kind_of
 from registry.formats.live_scaling import scaling_findings
-from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_TENSORS, kind_of
+from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_TENSORS
 from registry.formats.source import PlainFileInMemory, Source, TensorFileInMemory
 from registry.formats.tuner_layers import refuse_merged, tuner_layers
 
@@ -254,7 +255,7 @@ def _state_dict(tensors: Mapping[Any, Any], form: str, wanted: str | None) -> So
     if not tensors:
         raise InvalidInput(f"the {form} holds no tensors; there is nothing to keep")
     file = tensor_file(MODEL_TENSORS, "model", tensors)
-    kind = kind_of(file.layout, None)
+    kind = kind_of(file.layout)
     notes: tuple[str, ...] = ()
     if (wanted or kind) == "adapter" and kind != "base":
         file.path = ADAPTER_TENSORS

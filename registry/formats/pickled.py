@@ -54,9 +54,7 @@ class Components:
             )
 
     def layout_of(self, role: str) -> Layout:
-        return Layout(
-            tuple(TensorSpec(name, ref.dtype, ref.shape) for name, ref in self.named_tensors(role))
-        )
+        return Layout(tuple(TensorSpec(name, ref.dtype, ref.shape) for name, ref in self.named_tensors(role)))
 
     def named_tensors(self, role: str) -> Iterator[tuple[str, TensorRef]]:
         for name, ordinal in self.entries[role]:
@@ -120,7 +118,9 @@ class Components:
         if isinstance(value, Opaque):
             state = {"state": value.state, "items": value.items, "keywords": value.keywords}
             kept = {key: item for key, item in state.items() if item not in (None, {})}
-            return Inert(value.type_name, self._plain(value.arguments, inside, depth + 1), self._plain(kept, inside, depth + 1))
+            return Inert(
+                value.type_name, self._plain(value.arguments, inside, depth + 1), self._plain(kept, inside, depth + 1)
+            )
         return self._key(value)
 
     def _key(self, value: object) -> object:

@@ -44,7 +44,9 @@ def diff(context: Context, a: str, b: str, *, weights: bool = True) -> Differenc
     with context.reading() as connection:
         read = [_read(connection, resolve(connection, reference).id) for reference in wanted]
     with BlobReader(context.store.blobs) as reader:
-        one, two = (_Side(found, contents, config_of(context, reader, contents)) for found, contents in read)
+        one, two = (
+            _Side(found, contents, config_of(context.store.blobs, reader, contents)) for found, contents in read
+        )
     notes = tuple(_notes(one, two))
     components = tuple(_components(context, one, two, weights=weights))
     return Difference(

@@ -18,6 +18,7 @@ from registry.core.state_document import read_state
 from registry.formats.paths import ADAPTER_CONFIG
 from registry.operations.context import Context
 from registry.operations.reading import BlobReader, blob_bytes, file_bytes, refuse_external
+from registry.store.interface import BlobStore
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +74,7 @@ def _read(context: Context, reference: str, component: str | None) -> _Loaded:
         raise NotFound(f"{record.reference} has no component {roles[0] if roles else 'model'}; it has {known}")
     with BlobReader(context.store.blobs) as reader:
         tensors = read_tensors(reader, contents.components[roles[0]])
-        config = config_of(context, reader, contents)
+        config = config_of(context.store.blobs, reader, contents)
         document = contents.components[roles[0]].data
         state = None if document is None else blob_bytes(context.store.blobs, document)
     return _Loaded(record, config, tensors, roles[0], state)
@@ -90,7 +91,7 @@ def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-def config_of(context: Context, reader: BlobReader, contents: Contents) -> AdapterConfig | None:
+def config_of(blobs: BlobStore, reader: BlobReader, contents: Contents) -> AdapterConfig | None:
     """An adapter's configuration: from its file, else from the catalog; None where it came without one.
 
     Raises:
@@ -98,7 +99,7 @@ def config_of(context: Context, reader: BlobReader, contents: Contents) -> Adapt
     """
     for file in contents.files:
         if file.path == ADAPTER_CONFIG:
-            data = b"".join(file_bytes(reader, context.store.blobs, file, {}))
+            data = b"".join(file_bytes(reader, blobs, file, {}))
             return read_adapter_config(data, ADAPTER_CONFIG)
     return None if contents.config is None else read_adapter_config(contents.config.encode(), "the configuration")
 

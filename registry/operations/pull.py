@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from registry.catalog.contents import Contents, StoredFile, read_contents
-from registry.catalog.versions import VersionRecord, records, resolve
+from registry.catalog.contents import read_contents
+from registry.catalog.versions import records, resolve
 from registry.core.errors import (
     DestinationExists,
     InvalidInput,
@@ -25,14 +23,12 @@ from registry.core.errors import (
     StorageError,
 )
 from registry.core.reference import parse_reference, shown
-from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_TENSORS
 from registry.operations.context import Context
-from registry.operations.reading import BlobReader, file_bytes, refuse_external
+from registry.operations.converting import FORMATS, Output, outputs
+from registry.operations.reading import BlobReader, refuse_external
 
-PullFormat = Literal["native", "peft"]
 TEMPORARY = ".registry-pull-"
 """How the name of a folder begins in which a pull writes; one that was killed leaves it."""
-FORMATS: tuple[PullFormat, ...] = ("native", "peft")
 
 
 @dataclass(frozen=True)
@@ -58,67 +54,41 @@ def pull(
     """Pulls a version; see `Registry.pull`."""
     if "\0" in str(destination):
         raise InvalidInput(f"destination '{shown(str(destination))}': a path has no NUL in it")
-    if format not in FORMATS:
+    wanted = next((known for known in FORMATS if known == format), None)
+    if wanted is None:
         raise InvalidInput(f"format '{shown(str(format))}'; expected one of {', '.join(FORMATS)}")
     with context.reading() as connection:
         key = resolve(connection, parse_reference(reference))
         record = records(connection, [key.id])[0]
         contents = read_contents(connection, key.id)
     refuse_external(contents, record.reference)
-    extra: dict[str, bytes] = {}
-    if format == "peft":
-        extra = _peft_files(context, record, contents)
-    single = len(contents.files) == 1 and not extra
-    with _write_errors(destination):
-        written = _write(context, contents, extra, _place(destination, contents.files, single), single, force)
+    with BlobReader(context.store.blobs) as reader, _write_errors(destination):
+        files = outputs(context.store.blobs, reader, record, contents, wanted)
+        single = len(files) == 1 and format != "peft"
+        written = _write(files, _place(destination, files, single), single, force)
         total = sum(path.stat().st_size for path in written)
     return PullResult(record.reference, record.digest, written[0] if single else destination, tuple(written), total)
 
 
-def _peft_files(context: Context, record: VersionRecord, contents: Contents) -> dict[str, bytes]:
-    """The configuration as PEFT wants it; `peft_version` is added where the push captured it beside the content.
-
-    Raises:
-        InvalidInput: the version is no adapter with a configuration.
-    """
-    config = next((file for file in contents.files if file.path == ADAPTER_CONFIG), None)
-    if config is None or not any(file.path == ADAPTER_TENSORS for file in contents.files):
-        raise InvalidInput(f"{record.reference} has no {ADAPTER_CONFIG}, so it makes no PEFT folder; pull it as native")
-    with BlobReader(context.store.blobs) as reader:
-        data = b"".join(file_bytes(reader, context.store.blobs, config, {}))
-    document = json.loads(data)
-    if record.peft_version is None or document.get("peft_version") is not None:
-        return {}
-    document["peft_version"] = record.peft_version
-    return {ADAPTER_CONFIG: json.dumps(document, indent=2, sort_keys=True).encode("utf-8")}
-
-
-def _place(destination: Path, files: Iterable[StoredFile], single: bool) -> Path:
+def _place(destination: Path, files: Iterable[Output], single: bool) -> Path:
     """Where to write: one file goes to the path itself, or into a folder that is there already."""
     if single and destination.is_dir():
         return destination / next(iter(files)).path
     return destination
 
 
-def _write(
-    context: Context,
-    contents: Contents,
-    extra: Mapping[str, bytes],
-    target: Path,
-    single: bool,
-    force: bool,
-) -> list[Path]:
+def _write(files: Sequence[Output], target: Path, single: bool, force: bool) -> list[Path]:
     # Into a folder that is there the files are renamed from within: it may be a link, a mount, somebody's working
     # folder, or the only one in which this user may write.
     inside = not single and target.is_dir()
     temporary = (target if inside else target.parent) / f"{TEMPORARY}{secrets.token_hex(8)}"
     try:
-        _check_target(target, contents.files, single, force)
+        _check_target(target, files, single, force)
         temporary.mkdir(0o700)
         made = temporary / "content"
-        _write_files(context, contents, extra, made, single)
-        _check_target(target, contents.files, single, force)  # again: what took long may have been overtaken
-        return _put_in_place(made, target, [file.path for file in contents.files], single)
+        _write_files(files, made, single)
+        _check_target(target, files, single, force)  # again: what took long may have been overtaken
+        return _put_in_place(made, target, [file.path for file in files], single)
     finally:
         _remove(temporary)
 
@@ -131,7 +101,7 @@ def _remove(folder: Path) -> None:
         raise
 
 
-def _check_target(target: Path, files: Iterable[StoredFile], single: bool, force: bool) -> None:
+def _check_target(target: Path, files: Iterable[Output], single: bool, force: bool) -> None:
     if not target.parent.is_dir():
         raise SourceNotFound(f"no such folder: {shown(str(target.parent), 200)}; make it first")
     what = shown(str(target), 200)
@@ -152,20 +122,16 @@ def _check_target(target: Path, files: Iterable[StoredFile], single: bool, force
             raise InvalidInput(f"{shown(str(target / file.path), 200)} is a folder; expected a file to replace")
 
 
-def _write_files(context: Context, contents: Contents, extra: Mapping[str, bytes], made: Path, single: bool) -> None:
+def _write_files(files: Iterable[Output], made: Path, single: bool) -> None:
     if not single:
         made.mkdir()
-    with BlobReader(context.store.blobs) as reader:
-        for file in contents.files:
-            path = made if single else made / file.path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("xb") as out:
-                if file.path in extra:
-                    out.write(extra[file.path])
-                else:
-                    out.writelines(file_bytes(reader, context.store.blobs, file, contents.components))
-                out.flush()
-                os.fsync(out.fileno())
+    for file in files:
+        path = made if single else made / file.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("xb") as out:
+            file.write(out)
+            out.flush()
+            os.fsync(out.fileno())
 
 
 def _put_in_place(made: Path, target: Path, paths: list[str], single: bool) -> list[Path]:

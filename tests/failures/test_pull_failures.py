@@ -27,6 +27,7 @@ from registry.core.errors import (
     RegistryError,
     StorageError,
 )
+from registry.operations import converting
 from registry.operations import pull as pull_module
 from tests.failures.stages import killed_at_every_stage
 from tests.failures.support import (
@@ -471,14 +472,14 @@ def killed_pulls(template: str) -> None:
 
 
 def pull_half(registry: Registry, destination: Path) -> None:
-    file_bytes = pull_module.file_bytes
+    file_bytes = converting.file_bytes
 
     def dying(*arguments: Any) -> Iterator[bytes]:
         for chunk in file_bytes(*arguments):
             yield chunk[: len(chunk) // 2]
             os.kill(os.getpid(), signal.SIGKILL)
 
-    pull_module.file_bytes = dying
+    converting.file_bytes = dying
     registry.pull("walk/new", destination)
 
 
