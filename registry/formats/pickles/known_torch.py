@@ -107,7 +107,7 @@ def view(
         )
     if not is_size(offset) or not all(map(is_size, shape)) or not all(map(is_size, stride)):
         raise context.malformed(
-            "offset, shape and stride of whole numbers from 0 up",
+            "a tensor's offset, shape and stride of whole numbers from 0 up",
             ", ".join(described(part) for part in (offset, *shape[:4], *stride[:4])),
         )
     assert isinstance(offset, int)

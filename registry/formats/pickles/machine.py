@@ -7,11 +7,11 @@ Source of the instructions: Lib/pickletools.py of CPython."""
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Callable
 
-from registry.formats.pickles.context import Context, described, parse_integer
+from registry.formats.pickles.context import Context, described
 from registry.formats.pickles.known_globals import call, instantiate
+from registry.formats.pickles.operands import Operands
 from registry.formats.pickles.sources import Stream
 from registry.formats.pickles.values import Opaque, OpaqueGlobal, ToBuild
 
@@ -19,9 +19,6 @@ Handler = Callable[["Machine"], None]
 
 _PART = r"[A-Za-z_][A-Za-z0-9_]*"
 _DOTTED = re.compile(rf"{_PART}(?:\.{_PART})*", re.ASCII)
-_ESCAPE = re.compile(rb"\\(?:x([0-9A-Fa-f]{2})|([\\'\"abfnrtv])|([0-7]{1,3})|(.?))", re.DOTALL)
-_ESCAPED = dict(zip(b"\\'\"abfnrtv", b"\\'\"\a\b\f\n\r\t\v", strict=True))
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Machine:
@@ -39,6 +36,7 @@ class Machine:
         """
         self.context = context
         self._stream = stream
+        self._read = Operands(stream, context)
         self._persistent = persistent
         self._stack: list[object] = []
         self._marked: list[list[object]] = []
@@ -118,100 +116,6 @@ class Machine:
     def _duplicate(self) -> None:
         self._push(self._top())
 
-    # ------------------------------------------------------------------------------------------- arguments
-
-    def _number(self, size: int) -> int:
-        return int.from_bytes(self._stream.read(size), "little")
-
-    def _line(self, limit: int) -> str:
-        raw = self._stream.line(limit)
-        try:
-            return raw.decode("ascii")
-        except UnicodeDecodeError:
-            raise self.context.invalid("a line of ASCII", "another byte") from None
-
-    def _text(self, raw: bytes, encoding: str) -> str:
-        try:
-            text = raw.decode(encoding)
-        except UnicodeDecodeError:
-            raise self.context.invalid(f"text in {encoding}", "other bytes") from None
-        if encoding != "utf-8" and _SURROGATE.search(text):
-            raise self.context.invalid("text", "a lone surrogate")
-        return text
-
-    def _sized(self, size: int) -> bytes:
-        return self._stream.read(self._number(size))
-
-    def _sized_text(self, size: int) -> None:
-        length = self._number(size)
-        if length > self.context.budget.limits.text_bytes:
-            raise self.context.budget.over(self.context.budget.limits.text_bytes, "bytes in one text")
-        self._push(self._text(self._stream.read(length), "utf-8"))
-
-    def _push_old_text(self, raw: bytes) -> None:
-        # Python 2's str: text or bytes, nobody knows. torch.load takes it for UTF-8, numpy for bytes.
-        try:
-            self._push(raw.decode("utf-8"))
-        except UnicodeDecodeError:
-            self._push(raw)
-
-    def _old_text(self, size: int) -> None:
-        self._push_old_text(self._sized(size))
-
-    def _quoted(self) -> None:
-        raw = self._stream.line(self.context.budget.limits.text_bytes)
-        if len(raw) < 2 or raw[:1] not in (b"'", b'"') or raw[-1:] != raw[:1]:
-            raise self.context.invalid("a text in quotes", "none")
-
-        def plain(match: re.Match[bytes]) -> bytes:
-            hexadecimal, letter, octal, _ = match.groups()
-            if hexadecimal:
-                return bytes([int(hexadecimal, 16)])
-            if letter:
-                return bytes([_ESCAPED[letter[0]]])
-            if octal:
-                return bytes([int(octal, 8) & 0xFF])
-            raise self.context.invalid("a text in quotes", "an unknown escape")
-
-        self._push_old_text(_ESCAPE.sub(plain, raw[1:-1]))
-
-    def _raw_unicode(self) -> None:
-        self._push(self._text(self._stream.line(self.context.budget.limits.text_bytes), "raw-unicode-escape"))
-
-    # ------------------------------------------------------------------------------------------- numbers
-
-    def _decimal(self, text: str) -> int:
-        number = parse_integer(text, self.context.budget.limits.integer_bytes)
-        if number is None:
-            raise self.context.invalid("a decimal integer", f"a line of {len(text)} characters that is none")
-        return number
-
-    def _int_line(self) -> None:
-        text = self._line(4096)
-        self._push({"00": False, "01": True}[text] if text in ("00", "01") else self._decimal(text))
-
-    def _long_line(self) -> None:
-        self._push(self._decimal(self._line(4096).removesuffix("L")))
-
-    def _long(self, size: int) -> None:
-        length = self._number(size)
-        if length > self.context.budget.limits.integer_bytes:
-            raise self.context.budget.over(self.context.budget.limits.integer_bytes, "bytes in one integer")
-        self._push(int.from_bytes(self._stream.read(length), "little", signed=True))
-
-    def _int(self) -> None:
-        self._push(int.from_bytes(self._stream.read(4), "little", signed=True))
-
-    def _float(self) -> None:
-        self._push(struct.unpack(">d", self._stream.read(8))[0])
-
-    def _float_line(self) -> None:
-        text = self._line(400)
-        try:
-            self._push(float(text))
-        except ValueError:
-            raise self.context.invalid("a number", f"a line of {len(text)} characters that is none") from None
-
     # ------------------------------------------------------------------------------------------- the memo
 
     def _put(self, index: int) -> None:
@@ -223,7 +127,7 @@ class Machine:
             waiting[1].append(index)
 
     def _put_line(self) -> None:
-        self._put(self._index())
+        self._put(self._read.index_line())
 
     def _memoize(self) -> None:
         self._put(len(self._memo))
@@ -234,14 +138,7 @@ class Machine:
         self._push(self._memo[index])
 
     def _get_line(self) -> None:
-        self._get(self._index())
-
-    def _index(self) -> int:
-        text = self._line(32)
-        number = parse_integer(text, 8)
-        if number is None or not 0 <= number < 2**63:
-            raise self.context.invalid("an index of the memo", f"'{text}'" if text.isprintable() else "none")
-        return number
+        self._get(self._read.index_line())
 
     # ------------------------------------------------------------------------------------------- containers
 
@@ -326,9 +223,8 @@ class Machine:
         return OpaqueGlobal(module, name)
 
     def _read_global(self) -> OpaqueGlobal:
-        limit = self.context.budget.limits.name_bytes
-        module = self._text(self._stream.line(limit), "utf-8")
-        return self._global(module, self._text(self._stream.line(limit), "utf-8"))
+        module = self._read.name()
+        return self._global(module, self._read.name())
 
     def _push_global(self) -> None:
         self._push(self._read_global())
@@ -389,10 +285,10 @@ class Machine:
                 self._memo[index] = value
 
     def _extension(self, size: int) -> None:
-        raise self.context.unsafe(f"the registered extension {self._number(size)}")
+        raise self.context.unsafe(f"the registered extension {self._read.count(size)}")
 
     def _persistent_line(self) -> None:
-        self._push_persistent(self._line(self.context.budget.limits.name_bytes))
+        self._push_persistent(self._read.line(self.context.budget.limits.name_bytes))
 
     def _persistent_id(self) -> None:
         self._push_persistent(self._pop())
@@ -403,12 +299,12 @@ class Machine:
         self._push(self._persistent(name))
 
     def _protocol(self) -> None:
-        if (version := self._number(1)) > 5:
+        if (version := self._read.count(1)) > 5:
             raise self.context.invalid("a pickle of protocol 0 to 5", f"protocol {version}")
 
     def _frame(self) -> None:
         # A frame only says how much to read at once.
-        if (length := self._number(8)) > self._stream.left:
+        if (length := self._read.count(8)) > self._stream.left:
             raise self.context.invalid(f"a frame of {length} bytes", f"{self._stream.left} bytes")
 
     def _buffer(self) -> None:
@@ -423,29 +319,29 @@ def _handlers() -> list[Handler | None]:
         b"0": m._drop,
         b"1": m._drop_to_mark,
         b"2": m._duplicate,
-        b"F": m._float_line,
-        b"G": m._float,
-        b"I": m._int_line,
-        b"J": m._int,
-        b"K": lambda s: s._push(s._number(1)),
-        b"M": lambda s: s._push(s._number(2)),
-        b"L": m._long_line,
-        b"\x8a": lambda s: s._long(1),
-        b"\x8b": lambda s: s._long(4),
+        b"F": lambda s: s._push(s._read.float_line()),
+        b"G": lambda s: s._push(s._read.float8()),
+        b"I": lambda s: s._push(s._read.int_line()),
+        b"J": lambda s: s._push(s._read.int4()),
+        b"K": lambda s: s._push(s._read.count(1)),
+        b"M": lambda s: s._push(s._read.count(2)),
+        b"L": lambda s: s._push(s._read.long_line()),
+        b"\x8a": lambda s: s._push(s._read.long(1)),
+        b"\x8b": lambda s: s._push(s._read.long(4)),
         b"N": lambda s: s._push(None),
         b"\x88": lambda s: s._push(True),
         b"\x89": lambda s: s._push(False),
-        b"S": m._quoted,
-        b"T": lambda s: s._old_text(4),
-        b"U": lambda s: s._old_text(1),
-        b"V": m._raw_unicode,
-        b"X": lambda s: s._sized_text(4),
-        b"\x8c": lambda s: s._sized_text(1),
-        b"\x8d": lambda s: s._sized_text(8),
-        b"B": lambda s: s._push(s._sized(4)),
-        b"C": lambda s: s._push(s._sized(1)),
-        b"\x8e": lambda s: s._push(s._sized(8)),
-        b"\x96": lambda s: s._push(s._sized(8)),
+        b"S": lambda s: s._push(s._read.quoted_line()),
+        b"T": lambda s: s._push(s._read.old_text(4)),
+        b"U": lambda s: s._push(s._read.old_text(1)),
+        b"V": lambda s: s._push(s._read.raw_unicode_line()),
+        b"X": lambda s: s._push(s._read.text(4)),
+        b"\x8c": lambda s: s._push(s._read.text(1)),
+        b"\x8d": lambda s: s._push(s._read.text(8)),
+        b"B": lambda s: s._push(s._read.data(4)),
+        b"C": lambda s: s._push(s._read.data(1)),
+        b"\x8e": lambda s: s._push(s._read.data(8)),
+        b"\x96": lambda s: s._push(s._read.data(8)),
         b"\x97": m._buffer,
         b"\x98": m._buffer,
         b"]": lambda s: s._push([]),
@@ -465,12 +361,12 @@ def _handlers() -> list[Handler | None]:
         b"u": m._set_items_mark,
         b"\x90": m._add_items,
         b"p": m._put_line,
-        b"q": lambda s: s._put(s._number(1)),
-        b"r": lambda s: s._put(s._number(4)),
+        b"q": lambda s: s._put(s._read.count(1)),
+        b"r": lambda s: s._put(s._read.count(4)),
         b"\x94": m._memoize,
         b"g": m._get_line,
-        b"h": lambda s: s._get(s._number(1)),
-        b"j": lambda s: s._get(s._number(4)),
+        b"h": lambda s: s._get(s._read.count(1)),
+        b"j": lambda s: s._get(s._read.count(4)),
         b"c": m._push_global,
         b"\x93": m._stack_global,
         b"R": m._reduce,

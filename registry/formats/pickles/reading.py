@@ -112,7 +112,14 @@ def _tree(source: Source, budget: Budget, nested: int) -> tuple[object, str]:
     if tar_archive.is_tar(head):
         return read_tar(source, context), "torch tar"
     stream = Stream(source, 0, source.size, budget)
-    tree = Machine(stream, context, None).run()
+    try:
+        tree = Machine(stream, context, None).run()
+    except InvalidInput as error:
+        if type(error) is InvalidInput and not is_pickle(head):
+            raise InvalidInput(
+                f"{error}; its first bytes are no pickle's and not torch.save's: is it another kind of file?"
+            ) from error
+        raise
     if type(tree) is int and tree == LEGACY_MAGIC:
         return read_legacy(source, stream, context), "torch legacy"
     if stream.left:

@@ -81,7 +81,7 @@ class _Storages:
             context.budget.add_storage(nbytes)
             self._found[key] = StorageRef(key, None, nbytes, None), dtype
         storage, first_dtype = self._found[key]
-        if (storage.nbytes, first_dtype) != (nbytes, dtype):
+        if storage.nbytes != nbytes or (first_dtype != dtype and nbytes):
             raise context.malformed(f"{storage.nbytes} bytes of {first_dtype} in storage '{shown(key)}'", f"{nbytes}")
         begin, length = _part(context, part, count)
         return StorageTensor(storage, dtype, (length,), (1,), begin)
