@@ -68,7 +68,7 @@ def read_live(source: object, *, kind: str | None = None, adapter_name: str | No
         if adapted is None:
             return _state_dict(source.state_dict(), "live module", kind)
         if kind == "checkpoint":
-            return _state_dict(source.state_dict(), "live model with an adapter", kind)
+            return _checkpoint(source, adapted)
         if kind == "base":
             raise InvalidInput("the model carries an adapter; push the base before it is wrapped, or kind='checkpoint'")
         return _adapter(adapted, choose_adapter(adapted, adapter_name))
@@ -219,6 +219,20 @@ def _adapter(model: Any, name: str) -> Source:
         peft_version=model.peft_config[name].peft_version,
         notes=(f"pushed the adapter {name} alone; left out: {', '.join(map(shown, others))}",) if others else (),
     )
+
+
+def _checkpoint(whole: nn.Module, adapted: Any) -> Source:
+    """A model with its adapter in it. With one adapter its configuration is kept: without lora_alpha the tensors alone
+    do not say what the model computes."""
+    source = _state_dict(whole.state_dict(), "live model with an adapter", "checkpoint")
+    names = list(adapted.peft_config)
+    if len(names) != 1:
+        source.notes = (f"it holds {len(names)} adapters, so no configuration is kept and no lora_alpha is checked",)
+        return source
+    source.config = live_config(adapted, names[0])
+    source.peft_version = adapted.peft_config[names[0]].peft_version
+    _refuse_rescaled(adapted, names[0], source.config, source.tensor_files[0].layout)
+    return source
 
 
 def _refuse_rescaled(model: Any, name: str, config: AdapterConfig, layout: Layout) -> None:

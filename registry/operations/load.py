@@ -13,6 +13,7 @@ from registry.catalog.versions import VersionRecord, records, resolve
 from registry.core.adapter_config import AdapterConfig, read_adapter_config
 from registry.core.digest import tensor_hasher
 from registry.core.errors import Corrupt, DigestMismatch, NotFound, UnsupportedTensor
+from registry.core.layout import Layout
 from registry.core.reference import parse_reference
 from registry.core.state_document import read_state
 from registry.formats.paths import ADAPTER_CONFIG
@@ -33,6 +34,7 @@ class _Loaded:
     config: AdapterConfig | None
     tensors: dict[str, torch.Tensor]
     role: str
+    layout: Layout
     state: bytes | None
 
 
@@ -58,7 +60,13 @@ def load(
         )
     from registry.operations.copying import copy_into
 
-    copy_into(model, model.state_dict(), loaded.tensors, strict=strict, what=loaded.record.reference)
+    findings = []
+    if loaded.config is not None and loaded.role == "model":
+        from registry.operations.load_adapter import checkpoint_findings
+
+        findings = checkpoint_findings(model, loaded.config, loaded.layout)
+    what = loaded.record.reference
+    copy_into(model, model.state_dict(), loaded.tensors, strict=strict, what=what, findings=findings)
     return model
 
 
@@ -77,7 +85,8 @@ def _read(context: Context, reference: str, component: str | None) -> _Loaded:
         config = config_of(context.store.blobs, reader, contents)
         document = contents.components[roles[0]].data
         state = None if document is None else blob_bytes(context.store.blobs, document)
-    return _Loaded(record, config, tensors, roles[0], state)
+        layout = contents.components[roles[0]].layout
+    return _Loaded(record, config, tensors, roles[0], layout, state)
 
 
 def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -87,6 +87,17 @@ def load_adapter(
     return model
 
 
+def checkpoint_findings(model: nn.Module, config: AdapterConfig | None, layout: Layout) -> list[Finding]:
+    """What a model does otherwise with a checkpoint's adapter than the configuration that came with it says; a model
+    without an adapter has none of its tensors, which copying finds."""
+    holder = None if config is None else find_adapted(model)
+    if holder is None or config is None:
+        return []
+    name = choose_adapter(holder, None)
+    targets, _ = targets_of(layout, config)
+    return [*option_findings(holder, name, config), *scaling_findings(holder, name, config, targets)]
+
+
 def _by_canonical_name(tensors: Mapping[str, torch.Tensor], what: str) -> dict[str, torch.Tensor]:
     first: dict[str, str] = {}
     for name in tensors:

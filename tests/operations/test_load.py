@@ -588,6 +588,18 @@ def test_a_checkpoint_comes_back_into_the_same_peft_model(registry: Registry) ->
     assert len(error.findings) == len(trained.state_dict()) + len(walker().state_dict())
 
 
+def test_a_checkpoint_knows_the_scaling_of_its_adapter(registry: Registry) -> None:
+    registry.push(lora(), "walk/full", kind="checkpoint")
+    assert (registry.get("walk/full").r, registry.get("walk/full").lora_alpha) == (QV["r"], QV["lora_alpha"])
+    other = lora(lora_alpha=2 * QV["lora_alpha"], seed=2)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    assert {(one.code, one.subject) for one in refusal(registry, "walk/full", other).findings} == {
+        ("C10", "q_proj"),
+        ("C10", "v_proj"),
+    }
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
 def test_every_difference_of_a_base_is_named(registry: Registry) -> None:
     registry.push(walker().state_dict() | {"extra": torch.zeros(2), "other": torch.zeros(())}, "walk/base")
     model = Narrow()
