@@ -13,7 +13,7 @@ from pathlib import Path
 from registry.core.errors import InvalidInput, InvalidManifest, SourceNotFound, StorageError
 from registry.core.manifest import check_file_path
 from registry.core.reference import shown
-from registry.formats.source import CHUNK_BYTES, source_errors
+from registry.formats.source import CHUNK_BYTES, PlainFile, source_errors
 
 ATTACHMENT_LIMIT = 256 << 20
 """Bytes of one attachment; what is larger is tensors in a form that we do not know, or data."""
@@ -129,7 +129,7 @@ def _hub_blobs(folder: Path) -> Path | None:
     return None
 
 
-class Attachment:
+class Attachment(PlainFile):
     """A file that is kept as it is, without a look inside. It is open only while it is read."""
 
     def __init__(self, file: FolderFile, what: str) -> None:
@@ -182,32 +182,53 @@ def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
 
 
 def attachments(
-    listing: FolderListing, *, without: Collection[str] = (), limit: int = ATTACHMENT_LIMIT
-) -> tuple[Attachment, ...]:
-    """The files of a folder that are kept as they are, sorted by path.
+    listing: FolderListing,
+    known: Collection[str],
+    *,
+    same_in_another_form: Collection[str] = (),
+    limit: int | None = ATTACHMENT_LIMIT,
+) -> tuple[tuple[Attachment, ...], tuple[str, ...]]:
+    """The files of a folder that are kept as they are.
 
     Args:
-        without: paths that are not: tensors, and what is left out.
-        limit: bytes of one file.
+        known: files that are more than attachments.
+        same_in_another_form: files that are left out, as they hold what a known file does.
+        limit: bytes of one file; None: all are left out.
+
+    Returns:
+        them, sorted by path; and notes on what is left out.
 
     Raises:
         InvalidInput: a symbolic link, something that is no regular file, a path that may not stand in a version, or a
             file over the limit; names the file, its size and the mend.
     """
-    kept = [file for file in listing.files if file.path not in without]
-    for file in kept:
+    notes = []
+    if same_in_another_form:
+        notes.append(f"left out (the same weights in another form): {_list(same_in_another_form)}")
+    if listing.left_out:
+        notes.append(f"left out (folders of tools): {_list(listing.left_out)}")
+    others = [file for file in listing.files if file.path not in known and file.path not in same_in_another_form]
+    if limit is None:
+        if others:
+            notes.append(f"left out (no attachments): {_list([file.path for file in others])}")
+        return (), tuple(notes)
+    for file in others:
         if file.refusal is not None:
             raise InvalidInput(
                 f"{_named(listing, file)} cannot be kept: {file.refusal}, or leave all such files out: --no-attachments"
             )
-    large = [file for file in kept if file.size > limit]
+    large = [file for file in others if file.size > limit]
     if large:
-        more = f" (and {len(large) - 1} more)" if len(large) > 1 else ""
+        more = f" (and {len(large) - 1} more are too large)" if len(large) > 1 else ""
         raise InvalidInput(
-            f"{_named(listing, large[0])}{more} has {large[0].size} bytes; an attachment has {limit} at most. Take it "
+            f"{_named(listing, large[0])} has {large[0].size} bytes{more}; an attachment has {limit} at most. Take it "
             f"away, allow it with --attachment-limit, or leave all such files out with --no-attachments"
         )
-    return tuple(Attachment(file, _named(listing, file)) for file in kept)
+    return tuple(Attachment(file, _named(listing, file)) for file in others), tuple(notes)
+
+
+def _list(paths: Collection[str]) -> str:
+    return shown(", ".join(sorted(paths)), 400)
 
 
 def _named(listing: FolderListing, file: FolderFile) -> str:

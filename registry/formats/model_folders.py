@@ -12,7 +12,6 @@ from typing import Any
 
 from registry.core.canonical_json import parse_json
 from registry.core.errors import InvalidInput, InvalidManifest, MalformedTensors
-from registry.core.layout import Layout
 from registry.core.manifest import check_file_path, is_role
 from registry.core.reference import shown
 
@@ -74,17 +73,24 @@ class ModelFolder:
         form: for messages: `transformers folder`, `diffusers model`, `diffusers pipeline`, `model folder`.
         components: sorted by role.
         left_out: other files with the weights of these components: pickles beside safetensors, and variants.
-        notes: what the user should know.
+        parts: files that make it what it is, and belong to no component.
     """
 
     form: str
     components: tuple[ModelComponent, ...]
     left_out: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
 
     @property
     def tensor_files(self) -> tuple[str, ...]:
-        return tuple(path for component in self.components for path in component.files)
+        """Sorted by path."""
+        return tuple(sorted(path for component in self.components for path in component.files))
+
+    @property
+    def documents(self) -> tuple[str, ...]:
+        """Configurations and indices, without which nothing is loaded. Sorted by path."""
+        named = (path for component in self.components for path in (component.config, component.index) if path)
+        return tuple(sorted((*named, *self.parts)))
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ def plan_model_folder(paths: Collection[str], read: Callable[[str], bytes]) -> M
         _refuse_others("the folder", "", paths)
         return None
     form = {"transformers": "transformers folder", "diffusers": "diffusers model"}.get(component.library or "")
-    return ModelFolder(form or "model folder", (component,), left_out, _notes(left_out))
+    return ModelFolder(form or "model folder", (component,), left_out)
 
 
 def _pipeline(paths: Collection[str], read: Callable[[str], bytes]) -> ModelFolder:
@@ -154,7 +160,7 @@ def _pipeline(paths: Collection[str], read: Callable[[str], bytes]) -> ModelFold
             _refuse_others(f"the component {name!r}", f"{name}/", paths)
     if not components:
         raise InvalidInput(f"{PIPELINE}: none of its components has a file with tensors; there is nothing to keep")
-    return ModelFolder("diffusers pipeline", tuple(components), tuple(left_out), _notes(left_out))
+    return ModelFolder("diffusers pipeline", tuple(components), tuple(left_out), (PIPELINE,))
 
 
 def _refuse_others(what: str, folder: str, paths: Collection[str]) -> None:
@@ -163,13 +169,6 @@ def _refuse_others(what: str, folder: str, paths: Collection[str]) -> None:
             f"{what} has no weights or index that would be loaded by default, but {shown(', '.join(others), 200)}: "
             f"save it without a variant, download its index, or push such a file by its own path"
         )
-
-
-def _notes(left_out: Collection[str]) -> tuple[str, ...]:
-    if not left_out:
-        return ()
-    names = shown(", ".join(left_out), 400)
-    return (f"left out (the same weights in another form): {names}",)
 
 
 def _component(
@@ -262,11 +261,12 @@ def _is_plain_name(name: str) -> bool:
         return False
 
 
-def check_shards(index: ShardIndex, shards: Mapping[str, Layout]) -> tuple[str, ...]:
+def check_shards(index: ShardIndex, shards: Mapping[str, Collection[str]], *, nbytes: int) -> tuple[str, ...]:
     """Holds an index against what its shards have.
 
     Args:
-        shards: file, by the name that the index gives it -> its tensors.
+        shards: file, by the name that the index gives it -> names of its tensors.
+        nbytes: bytes of all their tensors.
 
     Returns:
         notes for the user.
@@ -276,13 +276,13 @@ def check_shards(index: ShardIndex, shards: Mapping[str, Layout]) -> tuple[str, 
             two files.
     """
     homes: dict[str, str] = {}
-    for file, layout in sorted(shards.items()):
-        for spec in layout:
-            what = f"{index.path}: the tensor {shown(spec.name, 120)!r}"
-            other = homes.setdefault(spec.name, file)
+    for file, tensors in sorted(shards.items()):
+        for tensor in tensors:
+            what = f"{index.path}: the tensor {shown(tensor, 120)!r}"
+            other = homes.setdefault(tensor, file)
             if other != file:
                 raise MalformedTensors(f"{what} is in {shown(other, 120)!r} and in {shown(file, 120)!r}; save it again")
-            listed = index.files.get(spec.name)
+            listed = index.files.get(tensor)
             if listed is None:
                 raise MalformedTensors(f"{what} of {shown(file, 120)!r} is not listed; save the model again")
             if listed != file:
@@ -293,10 +293,9 @@ def check_shards(index: ShardIndex, shards: Mapping[str, Layout]) -> tuple[str, 
                 f"{index.path}: the tensor {shown(tensor, 120)!r} is listed in {shown(file, 120)!r}, which does not "
                 f"have it; save the model again"
             )
-    found = sum(layout.nbytes for layout in shards.values())
-    if index.total_size is None or index.total_size == found:
+    if index.total_size is None or index.total_size == nbytes:
         return ()
-    return (f"{index.path} says {index.total_size} bytes of tensors; its shards have {found}",)
+    return (f"{index.path} says {index.total_size} bytes of tensors; its shards have {nbytes}",)
 
 
 def _object(path: str, read: Callable[[str], bytes]) -> dict[str, Any]:
