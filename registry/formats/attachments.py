@@ -47,7 +47,7 @@ class FolderListing:
     """What stood in a folder when it was listed.
 
     Attributes:
-        folder: without symbolic links in its path.
+        folder: its path as it was given.
         files: sorted by path.
         left_out: folders that were not entered, by `LEFT_OUT`.
     """
@@ -74,7 +74,7 @@ def list_folder(folder: Path) -> FolderListing:
         SourceNotFound, StorageError: the folder, or one in it, cannot be read.
     """
     with source_errors(folder):
-        root = folder.resolve(strict=True)
+        root = Path(os.path.realpath(folder, strict=True))
     blobs = _hub_blobs(root)
     files: list[FolderFile] = []
     left_out: list[str] = []
@@ -93,19 +93,20 @@ def list_folder(folder: Path) -> FolderListing:
                     waiting.append(f"{path}/")
                 else:
                     files.append(FolderFile(path, here / entry.name, None, refusal))
-    return FolderListing(root, tuple(sorted(files, key=lambda file: file.path)), tuple(sorted(left_out)))
+    return FolderListing(folder, tuple(sorted(files, key=lambda file: file.path)), tuple(sorted(left_out)))
 
 
 def _file(path: str, place: Path, blobs: Path | None) -> FolderFile:
     with source_errors(place):
         status = os.lstat(place)
         if stat.S_ISLNK(status.st_mode):
-            target = Path(os.path.normpath(place.parent / os.readlink(place)))
-            if blobs is None or target.parent != blobs:
+            target = place.parent / os.readlink(place)
+            if blobs is None or target.name in ("", "..") or Path(os.path.realpath(target.parent)) != blobs:
                 return FolderFile(path, place, None, "it is a symbolic link; put the file itself there")
-            if not target.exists():
+            place = blobs / target.name
+            if not place.exists():
                 return FolderFile(path, place, None, "the hub cache has not its blob; download it again")
-            place, status = target, os.lstat(target)
+            status = os.lstat(place)
     if not stat.S_ISREG(status.st_mode):
         return FolderFile(path, place, None, "it is no regular file; take it away")
     identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
