@@ -64,9 +64,9 @@ def test_a_live_adapter_is_the_folder_that_peft_saves(registry: Registry, root: 
     assert folder.created
     assert folder.same_content_as == live.version == 1
     assert registry.get("walk/perturb@1").content_digest == registry.get("walk/perturb@2").content_digest
-    # The tensors are the very file: of the folder only its configuration and manifest are new.
+    # The tensors are the very file: of the folder only its configuration, README and manifest are new.
     assert file_digest(registry, "walk/perturb@1") == file_digest(registry, "walk/perturb@2")
-    assert len(blob_bytes(root).keys() - before.keys()) == 2
+    assert len(blob_bytes(root).keys() - before.keys()) == 3
     assert folder.bytes_new == sum(blob_bytes(root).values()) - sum(before.values())
 
 
