@@ -28,18 +28,19 @@ LIBRARIES = frozenset(("accelerate", "diffusers", "peft", "torch", "transformers
 _DISTRIBUTED = ("torch.distributed.", "torch.nn.parallel.")
 
 
-def run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, seed: int = 0) -> Any:
     """What one call returns, as a plain tree on the CPU.
 
     Args:
         args: trees; their tensors are moved to the model's device.
+        seed: of all random generators during the call.
 
     Raises:
         ForwardFailed: the model's code raised.
         ModelChanged: it wrote to a parameter.
     """
     device = device_of(model)
-    with _kept(model), _quiet(device):
+    with _kept(model), _quiet(device, seed):
         for one in model.modules():
             # Not through eval(), which some models override to merge weights or to keep layers frozen.
             one.training = False
@@ -146,9 +147,9 @@ def _kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(device: torch.device) -> Iterator[None]:
+def _quiet(device: torch.device, seed: int) -> Iterator[None]:
     with ExitStack() as stack:
-        stack.enter_context(_random_states_kept(device))
+        stack.enter_context(_seeded(device, seed))
         stack.enter_context(torch.no_grad())
         for kind in {"cpu", device.type} & {"cpu", "cuda"}:
             stack.enter_context(torch.autocast(kind, enabled=False))
@@ -159,13 +160,22 @@ def _quiet(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _random_states_kept(device: torch.device) -> Iterator[None]:
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Seeds the random generators that a model may draw from, and puts their states back."""
     numpy_random = sys.modules.get("numpy.random")
     plain = random.getstate()
     legacy = None if numpy_random is None else numpy_random.get_state()
     cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     try:
+        # Not through torch.manual_seed, which seeds every device, also such as are not in use yet.
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        random.seed(seed)
+        if numpy_random is not None:
+            numpy_random.seed(seed)
         yield
     finally:
         random.setstate(plain)
