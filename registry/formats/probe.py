@@ -14,7 +14,7 @@ from registry.core.errors import InvalidInput
 from registry.core.layout import DTYPE_BITS, Layout
 from registry.core.reference import shown
 from registry.core.safetensors_header import Header, build_header, header_length, parse_header
-from registry.formats.probe_tree import DTYPES, MAX_DEPTH, from_json, leaves, to_json
+from registry.formats.probe_tree import DTYPES, MAX_DEPTH, Sample, from_json, leaves, to_json
 
 if TYPE_CHECKING:
     import torch
@@ -167,7 +167,7 @@ def can_be_compared(outputs: Any) -> bool:
     """Whether there is anything in a tree of outputs that a proof could measure."""
     import torch
 
-    return any(isinstance(leaf, torch.Tensor | float) for _, leaf in leaves(outputs, ""))
+    return any(isinstance(leaf, torch.Tensor | Sample | float) for _, leaf in leaves(outputs, ""))
 
 
 def _document(data: bytes, what: str) -> tuple[Header, dict[str, Any]]:

@@ -1,10 +1,11 @@
 """Nested arguments and outputs of a model as plain trees, and these as JSON beside named tensors. A tree is of None,
 bool, int, float, text, tensors, tuples, lists and dicts with text as keys; what a model returns beside these stands in
-it as `LeftOut`. Nothing here makes an object of a class that a document names."""
+it as `LeftOut`, and of a large tensor a `Sample`. Nothing here makes an object of a class that a document names."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 MAX_DEPTH = 32
 MAX_TEXT = 200
 """Characters of a text, or of a key."""
+MAX_ELEMENTS = 1 << 15
+"""Of an output; from a larger one (logits over a vocabulary) this many are kept."""
 DTYPES = frozenset(
     (
         *("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"),
@@ -40,6 +43,19 @@ class LeftOut:
     """
 
     kind: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """Stands in a tree of outputs for a large tensor.
+
+    Attributes:
+        values: `MAX_ELEMENTS` of its elements in row-major order, evenly spaced: element `i * size // MAX_ELEMENTS`.
+        shape: of the whole.
+    """
+
+    values: torch.Tensor
+    shape: tuple[int, ...]
 
 
 # ---------------------------------------------------------------- from what a model takes and gives
@@ -80,7 +96,7 @@ def plain_inputs(value: Any, path: str, depth: int = 0) -> Any:
 
 def plain_outputs(value: Any, depth: int = 0) -> Any:
     """What a model returned as a plain tree: a mapping or a dataclass (transformers' `ModelOutput`) becomes a dict of
-    its members, a named tuple a tuple, a tensor a copy on the CPU, and anything else `LeftOut`."""
+    its members, a named tuple a tuple, a tensor a copy on the CPU, a large one a `Sample`, and anything else `LeftOut`."""
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -88,7 +104,9 @@ def plain_outputs(value: Any, depth: int = 0) -> Any:
             kept = tensor_spec("output", value).dtype in DTYPES
         except UnsupportedTensor:
             kept = False
-        return _copy(value) if kept else LeftOut(f"{type(value).__name__} of {value.dtype}")
+        if not kept:
+            return LeftOut(f"{type(value).__name__} of {value.dtype}")
+        return _copy(value) if value.numel() <= MAX_ELEMENTS else _sample(value)
     if _is_scalar(value):
         return _scalar(value)
     if depth <= MAX_DEPTH:
@@ -109,6 +127,14 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
     plain = tensor.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg()
     return plain.to("cpu", copy=True).contiguous()
+
+
+def _sample(tensor: torch.Tensor) -> Sample:
+    import torch
+
+    flat = tensor.detach().as_subclass(torch.Tensor).reshape(-1)
+    places = torch.arange(MAX_ELEMENTS, device=flat.device) * len(flat) // MAX_ELEMENTS
+    return Sample(_copy(flat[places]), tuple(tensor.shape))
 
 
 def _is_text(value: object) -> bool:
@@ -158,7 +184,7 @@ def with_tensors(tree: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> A
 
 def to_json(tree: Any, path: str, keep: Callable[[str, torch.Tensor], str]) -> Any:
     """A tree as JSON: `{"$tensor": name}`, `{"$tuple": [...]}`, `{"$dict": [[key, value], ...]}`, `{"$float": text}`,
-    `{"$left_out": type}`, and the rest as it is.
+    `{"$left_out": type}`, `{"$sample": [name, dimension, ...]}`, and the rest as it is.
 
     Args:
         keep: takes a tensor with its path, and gives the name that it is kept under.
@@ -171,6 +197,8 @@ def to_json(tree: Any, path: str, keep: Callable[[str, torch.Tensor], str]) -> A
         return items if isinstance(tree, list) else {"$tuple": items}
     if isinstance(tree, LeftOut):
         return {"$left_out": tree.kind}
+    if isinstance(tree, Sample):
+        return {"$sample": [keep(path, tree.values), *tree.shape]}
     if isinstance(tree, float):
         # Text, because JSON's 1.0 is 1, and it has no NaN.
         return {"$float": repr(tree)}
@@ -205,11 +233,21 @@ def from_json(node: Any, path: str, take: Callable[[str], Any], depth: int = 0) 
         return take(value)
     if mark == "$left_out" and isinstance(value, str) and _is_text(value):
         return LeftOut(value)
+    if mark == "$sample" and isinstance(value, list) and value and isinstance(value[0], str):
+        return _read_sample(take(value[0]), value[1:], path)
     if mark == "$float" and isinstance(value, str) and _FLOAT.fullmatch(value):
         return float(value)
     raise InvalidInput(
-        f"{shown(path)}: expected one of $tensor, $tuple, $dict, $float and $left_out, found {_short(node)}"
+        f"{shown(path)}: expected $tensor, $sample, $tuple, $dict, $float or $left_out, found {_short(node)}"
     )
+
+
+def _read_sample(values: torch.Tensor, shape: list[Any], path: str) -> Sample:
+    sizes = [size for size in shape[:64] if type(size) is int and 0 < size <= MAX_INTEGER]
+    if len(sizes) != len(shape) or tuple(values.shape) != (MAX_ELEMENTS,) or math.prod(sizes) <= MAX_ELEMENTS:
+        found = f"{list(values.shape)} of {_short(shape)}"
+        raise InvalidInput(f"{shown(path)}: expected {MAX_ELEMENTS} elements of a larger tensor, found {found}")
+    return Sample(values, tuple(sizes))
 
 
 def _pairs(pairs: list[Any], path: str, take: Callable[[str], Any], depth: int) -> dict[str, Any]:

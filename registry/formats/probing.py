@@ -15,10 +15,10 @@ from registry.core.reference import shown
 from registry.formats.live import find_adapted
 from registry.formats.probe import MAX_TENSOR_BYTES, MAX_VALUES, Probe, can_be_compared
 from registry.formats.probe_inputs import SEED, Call, made_calls
-from registry.formats.probe_tree import leaves, plain_inputs
+from registry.formats.probe_tree import Sample, leaves, plain_inputs
 from registry.formats.proof import compare
 from registry.formats.quiet_run import device_of, dtypes_of, refuse_unrunnable, run
-from registry.formats.tuner_layers import tuner_layers
+from registry.formats.tuner_layers import refuse_inactive, tuner_layers
 
 Wanted = bool | Literal["auto"] | torch.Tensor | tuple[Any, ...] | Mapping[str, Any]
 """What a push takes as `probe=`: True or `auto` makes inputs, False makes no probe, a tensor is the one argument, a
@@ -83,7 +83,7 @@ def _probe(model: nn.Module, given: Call | None, adapter: str | None) -> Probe:
     called, subject = _subject(model, adapter, made=given is None)
     refuse_unrunnable(called)
     if adapter is not None:
-        _refuse_inactive(called if subject == "adapted" else model, adapter)
+        refuse_inactive(called if subject == "adapted" else model, adapter)
     call, outputs = _first_that_runs(called, made_calls(called) if given is None else iter([given]))
     _refuse_large(call, outputs)
     if not can_be_compared(outputs):
@@ -117,22 +117,6 @@ def _subject(model: nn.Module, adapter: str | None, *, made: bool) -> tuple[nn.M
     return model, "model"
 
 
-def _refuse_inactive(model: nn.Module, adapter: str) -> None:
-    """
-    Raises:
-        InvalidInput: the model would compute something else than the adapter alone.
-    """
-    layers = tuner_layers(model)
-    off = next((path for layer, path in layers.items() if layer.disable_adapters or layer.merged), None)
-    if off is not None:
-        raise InvalidInput(f"adapter layers are disabled or merged (at {shown(off)})")
-    active = {name for layer in layers for name in layer.active_adapters}
-    if active - {adapter}:
-        raise InvalidInput(
-            f"the active adapters are {shown(', '.join(sorted(active)))}, not {shown(adapter)} alone; use set_adapter()"
-        )
-
-
 def _first_that_runs(model: nn.Module, calls: Iterator[Call]) -> tuple[Call, Any]:
     failed: ForwardFailed | None = None
     while True:
@@ -153,7 +137,8 @@ def _refuse_large(call: Call, outputs: Any) -> None:
     values = [leaf for _, leaf in leaves([call.args, call.kwargs, outputs], "")]
     if len(values) > MAX_VALUES:
         raise InvalidInput(f"a probe keeps at most {MAX_VALUES} values, found {len(values)}")
-    size = sum(leaf.nbytes for leaf in values if isinstance(leaf, torch.Tensor))
+    tensors = [leaf.values if isinstance(leaf, Sample) else leaf for leaf in values]
+    size = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
     if size > MAX_TENSOR_BYTES:
         raise InvalidInput(
             f"a probe keeps at most {MAX_TENSOR_BYTES} bytes of inputs and outputs, found {size}; take a smaller batch"

@@ -17,7 +17,7 @@ from registry.core.findings import Finding
 from registry.core.reference import shown
 from registry.formats.live import find_adapted
 from registry.formats.probe import Probe
-from registry.formats.probe_tree import LeftOut, leaves, with_tensors
+from registry.formats.probe_tree import LeftOut, Sample, leaves, with_tensors
 from registry.formats.quiet_run import device_of, dtypes_of, refuse_unrunnable, run
 
 EXACT = 5e-5
@@ -38,7 +38,7 @@ _MEND = "is this the base that it was pushed with, with the same dtype, configur
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class OutputDifference:
     """How far one output is from the recorded one.
 
     Attributes:
@@ -65,12 +65,12 @@ class Proof:
         left_out: outputs that were not compared, with the reason.
     """
 
-    differences: tuple[Difference, ...]
+    differences: tuple[OutputDifference, ...]
     allowed: float
     left_out: tuple[str, ...] = ()
 
     @property
-    def worst(self) -> Difference:
+    def worst(self) -> OutputDifference:
         """The difference that decides: the largest relative one."""
         return max(self.differences, key=lambda one: one.relative)
 
@@ -156,8 +156,9 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 def _float_dtypes(tree: Any) -> Iterator[torch.dtype]:
     for _, leaf in leaves(tree, ""):
-        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
-            yield leaf.dtype
+        tensor = leaf.values if isinstance(leaf, Sample) else leaf
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            yield tensor.dtype
 
 
 # ---------------------------------------------------------------- outputs against outputs
@@ -172,7 +173,7 @@ class Comparison:
         left_out: what was not compared, with the reason.
     """
 
-    differences: list[Difference]
+    differences: list[OutputDifference]
     findings: list[Finding]
     left_out: list[str]
 
@@ -208,6 +209,8 @@ def _compare(expected: Any, found: Any, path: str, into: Comparison, whole_numbe
     elif isinstance(expected, tuple | list):
         for place, (one, other) in enumerate(zip(expected, found, strict=True)):
             _compare(one, other, f"{path}.{place}", into, whole_numbers)
+    elif isinstance(expected, Sample):
+        _compare(expected.values, found.values, path, into, whole_numbers)
     elif isinstance(expected, torch.Tensor):
         if whole_numbers or expected.is_floating_point() or expected.is_complex():
             into.differences.append(_difference(path, expected, found))
@@ -226,6 +229,8 @@ def _form(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         kind = "complex" if value.is_complex() else "floating-point" if value.is_floating_point() else "whole"
         return f"a {kind} tensor of shape {list(value.shape)}"
+    if isinstance(value, Sample):
+        return f"{_form(value.values)} of shape {list(value.shape)}"
     if isinstance(value, tuple | list):
         return f"a {type(value).__name__} of {len(value)}"
     if isinstance(value, LeftOut):
@@ -233,14 +238,14 @@ def _form(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _difference(path: str, expected: torch.Tensor, found: torch.Tensor) -> Difference:
+def _difference(path: str, expected: torch.Tensor, found: torch.Tensor) -> OutputDifference:
     was, now = _flat(expected), _flat(found)
     same = (was == now) | (was.isnan() & now.isnan())
     if bool(same.all()):
-        return Difference(path, 0.0, 0.0)
+        return OutputDifference(path, 0.0, 0.0)
     apart = torch.where(same, 0.0, (was - now).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
     size = was.abs().nan_to_num(nan=0.0, posinf=0.0) + max(_typical(was), TINY)
-    return Difference(path, float(apart.max()), float((apart / size).max()))
+    return OutputDifference(path, float(apart.max()), float((apart / size).max()))
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

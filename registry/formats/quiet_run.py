@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from registry.core.reference import shown
 from registry.formats.live import not_plain
 from registry.formats.module_state import ModuleState
 from registry.formats.probe_tree import plain_outputs, with_tensors
+from registry.formats.tuner_layers import tuner_layers
 
 MAX_BUFFER_BYTES = 256 << 20
 """Buffers of a model are copied, and put back, up to this; above it a change of one is an error, as for parameters."""
@@ -133,17 +134,34 @@ def _kept(model: nn.Module) -> Iterator[None]:
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
         if id(tensor) not in copied and not tensor.is_inference()
     ]
+    # PEFT's layers for bare parameters parametrise them during a call, for which torch sets each one to itself.
+    set_again = {
+        id(tensor): _checksum(tensor)
+        for layer in tuner_layers(model)
+        if hasattr(layer, "parameter_name")
+        for tensor in cast(nn.Module, layer).parameters()  # PEFT's base class of layers is a mixin
+    }
     before = ModuleState(model, values=buffers)
     try:
         yield
     finally:
         before.restore()
-        changed = [name for name, tensor, version in watched if tensor._version != version]
+        changed = [
+            name
+            for name, tensor, version in watched
+            if tensor._version != version and set_again.get(id(tensor)) != _checksum(tensor)
+        ]
         if changed:
             raise ModelChanged(
                 f"calling the {type(model).__name__} wrote to {shown(changed[0])} (and {len(changed) - 1} more), so it "
                 "is not the model that it was: build it again, and push it with probe=False"
             )
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    """A number that is another one for almost every other content; of most use for a tensor too large to copy."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64)
+    return int(tensor.detach().contiguous().flatten().view(whole).sum(dtype=torch.int64))
 
 
 @contextmanager

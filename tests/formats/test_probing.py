@@ -14,9 +14,9 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 
-from registry.core.errors import ForwardFailed, InvalidInput, ModelChanged
+from registry.core.errors import ForwardFailed, Incompatible, InvalidInput, ModelChanged
 from registry.formats.probe import MAX_TENSOR_BYTES, Probe, read_probe
-from registry.formats.probe_tree import LeftOut
+from registry.formats.probe_tree import MAX_ELEMENTS, LeftOut
 from registry.formats.probing import NoProbe, make_probe
 from registry.formats.proof import prove
 from tests.operations.models import QV, assert_unchanged, lora, state_of, steps, walker, zoo
@@ -358,6 +358,22 @@ def test_a_dict_with_keys_that_are_no_text_is_left_out() -> None:
     assert probe.outputs[2] == {"sparse": LeftOut("Tensor of torch.float32"), "n": 3, "mean": 0.5}
 
 
+@pytest.mark.parametrize("size", [MAX_ELEMENTS, MAX_ELEMENTS + 1, 10 * MAX_ELEMENTS + 7])
+def test_of_a_large_output_evenly_spaced_values_are_kept(size: int) -> None:
+    probe = made(Calls(lambda _, x: {"y": torch.arange(size) + x.sum()}))
+    assert len(probe.to_bytes()) < 5 * MAX_ELEMENTS
+    if size == MAX_ELEMENTS:
+        assert isinstance(probe.outputs["y"], Tensor)
+        return
+    sample = probe.outputs["y"]
+    assert sample.shape == (size,)
+    apart = sample.values.diff()
+    assert size / MAX_ELEMENTS - 1 <= float(apart.min()) <= float(apart.max()) <= size / MAX_ELEMENTS + 1
+    assert not prove(Calls(lambda _, x: {"y": 1.01 * torch.arange(size) + x.sum()}), probe)
+    with pytest.raises(Incompatible, match="another form"):
+        prove(Calls(lambda _, x: {"y": torch.arange(size + 1) + x.sum()}), probe)
+
+
 def test_nan_and_infinity_are_kept() -> None:
     probe = made(Calls(lambda _, x: torch.stack([x * torch.nan, x / 0.0, x])))
     assert probe.outputs.isnan().any()
@@ -376,7 +392,7 @@ def test_an_output_that_is_a_part_of_the_model_is_a_copy() -> None:
 @pytest.mark.parametrize(
     ("forward", "named"),
     [
-        (lambda _, x: x.repeat(MAX_TENSOR_BYTES // 20, 1), str(MAX_TENSOR_BYTES)),
+        (lambda _, x: [x.repeat(10_000, 1)] * 300, str(MAX_TENSOR_BYTES)),
         (lambda _, x: [x] * 2000, "1000 values"),
         (lambda _, x: None, "no tensor"),
         (lambda _, x: object(), "no tensor"),

@@ -17,7 +17,7 @@ from registry.core.errors import Incompatible, InvalidInput
 from registry.formats.probe import Probe
 from registry.formats.probe_tree import LeftOut
 from registry.formats.probing import make_probe
-from registry.formats.proof import CODE, EXACT, OTHER_DEVICE, Difference, Proof, allowed, compare, prove
+from registry.formats.proof import CODE, EXACT, OTHER_DEVICE, OutputDifference, Proof, allowed, compare, prove
 from tests.operations.models import QV, assert_unchanged, lora, state_of, steps, walker
 
 
@@ -191,7 +191,7 @@ def test_a_transformers_adapter_wrapped_anew_is_the_same_function() -> None:
 # ---------------------------------------------------------------- outputs
 
 
-def of(expected: Any, found: Any) -> Difference:
+def of(expected: Any, found: Any) -> OutputDifference:
     comparison = compare(expected, found)
     assert comparison.findings == []
     assert len(comparison.differences) == 1
@@ -236,8 +236,8 @@ def test_nan_and_infinity_must_be_where_they_were(expected: list[float], found: 
 
 def test_nan_where_it_was_is_no_difference() -> None:
     both = torch.tensor([math.nan, math.inf, -math.inf, 1.0])
-    assert of(both, both.clone()) == Difference("outputs", 0.0, 0.0)
-    assert of(math.nan, math.nan) == Difference("outputs", 0.0, 0.0)
+    assert of(both, both.clone()) == OutputDifference("outputs", 0.0, 0.0)
+    assert of(math.nan, math.nan) == OutputDifference("outputs", 0.0, 0.0)
 
 
 def test_an_output_of_zeros_allows_only_what_rounding_leaves() -> None:
@@ -302,7 +302,7 @@ def test_what_was_not_recorded_is_not_compared_and_said_so() -> None:
 
 
 def test_a_proof_tells_the_largest_difference_and_where_it_is() -> None:
-    proof = Proof((Difference("outputs.a", 2.0, 1e-9), Difference("outputs.b", 0.1, 0.5)), 1e-5)
+    proof = Proof((OutputDifference("outputs.a", 2.0, 1e-9), OutputDifference("outputs.b", 0.1, 0.5)), 1e-5)
     assert (proof.difference, proof.output, proof.worst.output) == (2.0, "outputs.a", "outputs.b")
     with pytest.raises(Incompatible) as refused:
         proof.require("walk/perturb@1")
