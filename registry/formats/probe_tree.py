@@ -96,7 +96,7 @@ def plain_inputs(value: Any, path: str, depth: int = 0) -> Any:
 
 def plain_outputs(value: Any, depth: int = 0) -> Any:
     """What a model returned as a plain tree: a mapping or a dataclass (transformers' `ModelOutput`) becomes a dict of
-    its members, a named tuple a tuple, a tensor a copy on the CPU, a large one a `Sample`, and anything else `LeftOut`."""
+    its members, a named tuple a tuple, a tensor a copy on the CPU, a large one a `Sample`, anything else `LeftOut`."""
     import torch
 
     if isinstance(value, torch.Tensor):
