@@ -194,6 +194,7 @@ class Registry:
             ReadOnly, NoSpace: nothing is visible.
         """
         from registry.operations import push
+        from registry.operations.opening import Opening
 
         edges = [*parents] if continued_from is None else [("continued_from", continued_from, None), *parents]
         request = push.check_request(
@@ -208,7 +209,7 @@ class Registry:
             parents=edges,
             external=external,
         )
-        how = push.Opening(adapter_name, attachments, attachment_limit, probe)
+        how = Opening(adapter_name, attachments, attachment_limit, probe)
         return push.push(self._context, source, request, how)
 
     def resolve(self, reference: str) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy import Connection
 
@@ -24,6 +23,7 @@ from registry.core.annotations import (
     read_metadata,
     read_metrics,
 )
+from registry.core.digest import sha256_hex
 from registry.core.errors import ArtifactNotFound, InUse, InvalidInput, NotFound
 from registry.core.event import Event
 from registry.core.findings import Finding
@@ -34,7 +34,8 @@ from registry.formats.source import Source
 from registry.operations.context import Context, actor, now
 from registry.operations.describing import Description, describe
 from registry.operations.environment import Environment, capture
-from registry.operations.proving import add_probe, refuse_inputs
+from registry.operations.opening import Opening, open_source
+from registry.operations.proving import add_probe
 from registry.operations.writing import (
     StoredVersion,
     changed,
@@ -149,52 +150,18 @@ def check_request(
     )
 
 
-@dataclass(frozen=True)
-class Opening:
-    """How a source is opened.
-
-    Attributes:
-        adapter_name: which adapter of a live model; its active one by default.
-        attachments: whether a folder's other files are kept.
-        attachment_limit: bytes of one of them; None: the default.
-        probe: whether and with what a live model is probed; see `Registry.push`.
-    """
-
-    adapter_name: str | None = None
-    attachments: bool = True
-    attachment_limit: int | None = None
-    probe: Any = True
-
-
-def open_source(source: object, *, kind: str | None, how: Opening) -> Source:
-    """Opens whatever was given to a push; a source that is open already is taken as it is."""
-    if isinstance(source, Source):
-        refuse_inputs(how.probe, source.form)
-        return source
-    if isinstance(source, str | os.PathLike):
-        from registry.formats.attachments import ATTACHMENT_LIMIT
-        from registry.formats.paths import read_path
-
-        refuse_inputs(how.probe, "file or folder")
-        limit = ATTACHMENT_LIMIT if how.attachment_limit is None else how.attachment_limit
-        return read_path(Path(source), attachment_limit=limit if how.attachments else None)
-    from registry.formats.live import read_live
-
-    opened = read_live(source, kind=kind, adapter_name=how.adapter_name)
-    add_probe(opened, source, how.probe, how.adapter_name)
-    return opened
-
-
 def push(context: Context, source: object, request: Request, how: Opening | None = None) -> PushResult:
     """Pushes a source; see `Registry.push`."""
     context.require_writable()
-    with open_source(source, kind=request.kind, how=how or Opening()) as opened:
+    how = how or Opening()
+    with open_source(source, kind=request.kind, how=how) as opened:
         kind = request.kind or opened.kind
         if request.external and kind == "adapter":
             raise InvalidInput(f"the {opened.form} is an adapter; only bases and checkpoints are recorded as external")
         if request.external and opened.origin is None and isinstance(source, str | os.PathLike):
             opened.origin = origin_of(Path(source))
         _set_role(opened, kind)
+        add_probe(opened, source, how.probe, how.adapter_name)
         environment = capture()
         for attempt in range(ATTEMPTS):
             try:
@@ -205,7 +172,7 @@ def push(context: Context, source: object, request: Request, how: Opening | None
                     raise
             else:
                 context.journal(events)
-                return replace(result, notes=opened.notes)
+                return replace(result, notes=(*opened.notes, *result.notes))
     raise AssertionError("unreachable")
 
 
@@ -238,11 +205,11 @@ class _Known:
 
     Attributes:
         external: blobs that are recorded without their bytes.
-        described: roles of blobs that events name.
+        described: digests of blobs that events name, by role.
     """
 
-    external: frozenset[str] = frozenset()
-    described: frozenset[str] = frozenset()
+    external: frozenset[str]
+    described: Mapping[str, str]
 
 
 def _push_once(
@@ -254,6 +221,7 @@ def _push_once(
     bytes_added = 0
     filled: frozenset[str] = frozenset()
     descriptions: dict[str, blobs.NewBlob] = {}
+    notes: list[str] = []
     with context.store.blobs.batch() as batch:
         files = digest_files(context, source, batch, ancestry.base_tensors, external=request.external)
         plain_files = write_plain_files(source, batch)
@@ -269,10 +237,13 @@ def _push_once(
         if not source.is_unchanged():
             raise changed(f"the {source.form}")
         for role, data in source.described.items():
-            if known is None or role not in known.described:
+            there = None if known is None else known.described.get(role)
+            if there is None:
                 put = batch.put([data])
                 descriptions[role] = blobs.NewBlob(put.digest, put.size)
                 bytes_added += put.size if put.created else 0
+            elif there != sha256_hex(data):
+                notes.append(f"the version keeps the {role} that it has; that of this push is another")
         if stored is not None:
             stored = replace(stored, bytes_new=stored.bytes_new + bytes_added)
         if known is None or filled or descriptions:  # else the batch is dropped as it is
@@ -288,7 +259,10 @@ def _push_once(
             bytes_added = stored.bytes_new
         if filled:
             blobs.mark_present(connection, filled)
+        for role in descriptions_of(connection, version.id):  # another push may have been faster
+            descriptions.pop(role, None)
         add_descriptions(name, version, descriptions, actor=actor(), at=now())
+        _require_blobs(context, descriptions.values())
         _annotate(name, version, request, source.metadata if created else {}, created=created)
         name.save()
         result = PushResult(
@@ -302,6 +276,7 @@ def _push_once(
             bytes_new=bytes_added,
             same_content_as=same_content(connection, name.id, described.content_digest, version.number),
             findings=described.findings,
+            notes=tuple(notes),
         )
     return result, name.appended
 
@@ -348,7 +323,7 @@ def _known(context: Context, request: Request, digest: str) -> _Known | None:
             tags.refuse_protected(connection, identifier, f"{request.namespace}/{request.name}", request.tags)
             return None
         external = blobs.external_of_version(connection, known.id)
-        return _Known(frozenset(external), frozenset(descriptions_of(connection, known.id)))
+        return _Known(frozenset(external), descriptions_of(connection, known.id))
 
 
 def _insert(
@@ -383,11 +358,19 @@ def _insert(
             created_at=now(),
         ),
     )
-    # After the rows stand: gc cannot mark these blobs any more, so what is there now stays.
-    for blob in stored.blobs:
+    _require_blobs(context, stored.blobs)
+    return version
+
+
+def _require_blobs(context: Context, stored: Iterable[blobs.NewBlob]) -> None:
+    """After their rows stand: gc cannot mark these blobs any more, so what is there now stays.
+
+    Raises:
+        InUse
+    """
+    for blob in stored:
         if not blob.external and not context.store.blobs.contains(blob.digest):
             raise InUse(f"blob {blob.digest} was deleted during the push; push again")
-    return version
 
 
 def _annotate(
