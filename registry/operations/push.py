@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sqlalchemy import Connection
 
-from registry.catalog import annotation_rows, blobs, insertion, tags
+from registry.catalog import annotation_rows, blobs, insertion, removal, tags
 from registry.catalog.descriptions import add_descriptions, descriptions_of
 from registry.catalog.names import LockedName, name_id
 from registry.catalog.versions import VersionKey, kind_of_version, resolve, same_content, tags_of, version_by_digest
@@ -32,6 +32,7 @@ from registry.core.reference import check_new_tag, parse_push_target, parse_refe
 from registry.formats.origin import origin_of
 from registry.formats.source import Source
 from registry.operations.context import Context, actor, now
+from registry.operations.deleting import finish_deleting
 from registry.operations.describing import Description, describe
 from registry.operations.environment import Environment, capture
 from registry.operations.opening import Opening, open_source
@@ -167,9 +168,10 @@ def push(context: Context, source: object, request: Request, how: Opening | None
             try:
                 result, events = _push_once(context, opened, kind, request, environment)
             except InUse:
-                # gc was deleting a blob that this push needs; by now it is gone, so it is stored again.
                 if attempt == ATTEMPTS - 1:
                     raise
+                # gc was deleting a blob that this push needs: once it is gone it can be stored again.
+                finish_deleting(context)
             else:
                 context.journal(events)
                 return replace(result, notes=(*opened.notes, *result.notes))
@@ -204,10 +206,12 @@ class _Known:
     """What the catalog has of a version before its push ends.
 
     Attributes:
+        state: `present`, `removed` or `purged`.
         external: blobs that are recorded without their bytes.
         described: digests of blobs that events name, by role.
     """
 
+    state: str
     external: frozenset[str]
     described: Mapping[str, str]
 
@@ -229,7 +233,7 @@ def _push_once(
         parents = [parent for parent, _ in ancestry.parents]
         described = describe(source, kind, files, plain_files, base=base, parents=parents)
         known = _known(context, request, described.manifest.digest)
-        if known is None:
+        if known is None or known.state == "purged":
             stored = store_version(context, source, described, files, plain_files, batch, external=request.external)
         elif known.external and not request.external:
             filled = known.external
@@ -246,7 +250,7 @@ def _push_once(
                 notes.append(f"the version keeps the {role} that it has; that of this push is another")
         if stored is not None:
             stored = replace(stored, bytes_new=stored.bytes_new + bytes_added)
-        if known is None or filled or descriptions:  # else the batch is dropped as it is
+        if stored is not None or filled or descriptions:  # else the batch is dropped as it is
             batch.commit()
     with context.writing() as connection:
         name = context.lock(connection, request.namespace, request.name, create=True)
@@ -255,8 +259,17 @@ def _push_once(
         if version is None:
             if stored is None:
                 raise InUse(f"{request.namespace}/{request.name} changed during the push; push again")
-            version = _insert(context, name, source, described, stored, ancestry, request, environment)
+            new = _new_version(source, described, stored, ancestry, request, environment)
+            version = insertion.insert_version(name, new)
+        elif stored is not None:
+            insertion.put_back(name, version, _new_version(source, described, stored, ancestry, request, environment))
+        elif removal.states(connection, [version.id])[version.id] == "purged":
+            raise InUse(f"{request.namespace}/{request.name} changed during the push; push again")
+        elif removal.restore(name, version, actor=actor(), at=now(), why=insertion.PUSHED_AGAIN) is not None:
+            notes.append("it had been removed, and is back")
+        if stored is not None:
             bytes_added = stored.bytes_new
+            _require_blobs(context, stored.blobs)
         if filled:
             blobs.mark_present(connection, filled)
         for role in descriptions_of(connection, version.id):  # another push may have been faster
@@ -323,43 +336,37 @@ def _known(context: Context, request: Request, digest: str) -> _Known | None:
             tags.refuse_protected(connection, identifier, f"{request.namespace}/{request.name}", request.tags)
             return None
         external = blobs.external_of_version(connection, known.id)
-        return _Known(frozenset(external), descriptions_of(connection, known.id))
+        state = removal.states(connection, [known.id])[known.id]
+        return _Known(state, frozenset(external), descriptions_of(connection, known.id))
 
 
-def _insert(
-    context: Context,
-    name: LockedName,
+def _new_version(
     source: Source,
     described: Description,
     stored: StoredVersion,
     ancestry: _Ancestry,
     request: Request,
     environment: Environment,
-) -> VersionKey:
-    version = insertion.insert_version(
-        name,
-        insertion.NewVersion(
-            manifest=described.manifest,
-            content_digest=described.content_digest,
-            layouts=described.layouts,
-            targets=described.targets,
-            placement=stored.placement,
-            blobs=stored.blobs,
-            base_id=None if ancestry.base is None else ancestry.base.id,
-            parents=tuple((parent.relation, key.id, parent.weight) for parent, key in ancestry.parents),
-            bytes_new=stored.bytes_new,
-            peft_version=source.peft_version,
-            environment=environment.to_json(),
-            message=request.message,
-            findings=described.findings,
-            nonfinite=described.nonfinite,
-            origin=source.origin,
-            created_by=actor(),
-            created_at=now(),
-        ),
+) -> insertion.NewVersion:
+    return insertion.NewVersion(
+        manifest=described.manifest,
+        content_digest=described.content_digest,
+        layouts=described.layouts,
+        targets=described.targets,
+        placement=stored.placement,
+        blobs=stored.blobs,
+        base_id=None if ancestry.base is None else ancestry.base.id,
+        parents=tuple((parent.relation, key.id, parent.weight) for parent, key in ancestry.parents),
+        bytes_new=stored.bytes_new,
+        peft_version=source.peft_version,
+        environment=environment.to_json(),
+        message=request.message,
+        findings=described.findings,
+        nonfinite=described.nonfinite,
+        origin=source.origin,
+        created_by=actor(),
+        created_at=now(),
     )
-    _require_blobs(context, stored.blobs)
-    return version
 
 
 def _require_blobs(context: Context, stored: Iterable[blobs.NewBlob]) -> None:
