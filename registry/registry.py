@@ -18,6 +18,7 @@ from registry.operations.context import Context
 from registry.operations.discover import Location
 from registry.operations.inspect import Details, Lineage
 from registry.operations.version import Version, as_version
+from registry.transfer import Transfer
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +43,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class Registry:
+class Registry(Transfer):
     """A registry of LoRA adapters and checkpoints.
 
     Open it with `Registry.open`. One object may be used from several threads and in forked workers.

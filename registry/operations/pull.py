@@ -69,7 +69,7 @@ def pull(
     if format == "peft":
         extra = _peft_files(context, record, contents)
     single = len(contents.files) == 1 and not extra
-    with _write_errors(destination):
+    with write_errors(destination):
         written = _write(context, contents, extra, _place(destination, contents.files, single), single, force)
         total = sum(path.stat().st_size for path in written)
     return PullResult(record.reference, record.digest, written[0] if single else destination, tuple(written), total)
@@ -183,7 +183,7 @@ def _put_in_place(made: Path, target: Path, paths: list[str], single: bool) -> l
 
 
 @contextmanager
-def _write_errors(destination: Path) -> Iterator[None]:
+def write_errors(destination: Path) -> Iterator[None]:
     """Turns errors of the system about the destination into ours; those of the store are ours already."""
     try:
         yield

@@ -23,16 +23,16 @@ from registry.core.annotations import (
     read_metadata,
     read_metrics,
 )
-from registry.core.errors import ArtifactNotFound, InUse, InvalidInput, NotFound
+from registry.core.errors import ArtifactNotFound, DigestMismatch, InUse, InvalidInput, NotFound
 from registry.core.event import Event
 from registry.core.findings import Finding
 from registry.core.manifest import KINDS, RELATIONS, Parent
 from registry.core.reference import check_new_tag, parse_push_target, parse_reference, shown
 from registry.formats.origin import origin_of
-from registry.formats.source import Source
+from registry.formats.source import Said, Source
 from registry.operations.context import Context, actor, now
 from registry.operations.describing import Description, describe
-from registry.operations.environment import Environment, capture
+from registry.operations.environment import capture
 from registry.operations.writing import (
     StoredVersion,
     changed,
@@ -170,7 +170,7 @@ def push(context: Context, source: object, request: Request, *, adapter_name: st
         if request.external and opened.origin is None and isinstance(source, str | os.PathLike):
             opened.origin = origin_of(Path(source))
         _set_role(opened, kind)
-        environment = capture()
+        environment = opened.environment or capture().to_json()
         for attempt in range(ATTEMPTS):
             try:
                 result, events = _push_once(context, opened, kind, request, environment)
@@ -221,7 +221,7 @@ class _Known:
 
 
 def _push_once(
-    context: Context, source: Source, kind: str, request: Request, environment: Environment
+    context: Context, source: Source, kind: str, request: Request, environment: Mapping[str, object]
 ) -> tuple[PushResult, list[Event]]:
     with context.reading() as connection:
         ancestry = _ancestry(connection, request)
@@ -235,6 +235,9 @@ def _push_once(
         base = None if ancestry.base is None else ancestry.base.digest
         parents = [parent for parent, _ in ancestry.parents]
         described = describe(source, kind, files, plain_files, base=base, parents=parents)
+        if source.digest not in (None, described.manifest.digest):
+            what = f"the {source.form} as a version of {request.namespace}/{request.name}"
+            raise DigestMismatch(what, expected=str(source.digest), actual=described.manifest.digest)
         known = _known(context, request, described.manifest.digest)
         if known is None:
             stored = store_version(context, source, described, files, plain_files, batch, external=request.external)
@@ -261,6 +264,8 @@ def _push_once(
         if filled:
             blobs.mark_present(connection, filled)
         add_descriptions(name, version, descriptions, actor=actor(), at=now())
+        if created:
+            _say_again(name, version, source.said)
         _annotate(name, version, request, source.metadata if created else {}, created=created)
         name.save()
         result = PushResult(
@@ -331,7 +336,7 @@ def _insert(
     stored: StoredVersion,
     ancestry: _Ancestry,
     request: Request,
-    environment: Environment,
+    environment: Mapping[str, object],
 ) -> VersionKey:
     version = insertion.insert_version(
         name,
@@ -346,7 +351,7 @@ def _insert(
             parents=tuple((parent.relation, key.id, parent.weight) for parent, key in ancestry.parents),
             bytes_new=stored.bytes_new,
             peft_version=source.peft_version,
-            environment=environment.to_json(),
+            environment=environment,
             message=request.message,
             findings=described.findings,
             nonfinite=described.nonfinite,
@@ -360,6 +365,15 @@ def _insert(
         if not blob.external and not context.store.blobs.contains(blob.digest):
             raise InUse(f"blob {blob.digest} was deleted during the push; push again")
     return version
+
+
+def _say_again(name: LockedName, version: VersionKey, said: Sequence[Said]) -> None:
+    by, at = actor(), now()
+    for one in said:
+        annotation_rows.set_metadata(name, version, one.metadata, actor=by, at=at)
+        annotation_rows.set_metrics(name, version, one.metrics, step=one.step, actor=by, at=at)
+        if one.note is not None:
+            name.append("note", {"text": one.note}, actor=by, at=at, version=(version.id, version.number))
 
 
 def _annotate(
