@@ -30,6 +30,8 @@ COMMANDS = {
     "tag": "registry.cli.tag",
     "log": "registry.cli.log",
     "annotate": "registry.cli.annotate",
+    "export": "registry.cli.export",
+    "import": "registry.cli.import_",
     "upgrade": "registry.cli.places",
 }
 """Module by command; in it, the command's name with `_command` behind it."""
