@@ -168,6 +168,7 @@ class _Rebuilding:
         self._placement = placement
         self._blobs = blobs
         self._headers: dict[str, tuple[Header, bytes]] = {}
+        self._heads: dict[str, tuple[Header, bytes] | None] = {}
         self._tensors = {part.role: part.tensors for part in manifest.components}
         self._files = {file.path: file for file in manifest.files}
         self._owners = self._find_owners()
@@ -239,6 +240,11 @@ class _Rebuilding:
 
     def _head(self, path: str) -> tuple[Header, bytes] | None:
         """Header of a safetensors file of which the header alone is one blob."""
+        if path not in self._heads:
+            self._heads[path] = self._read_head(path)
+        return self._heads[path]
+
+    def _read_head(self, path: str) -> tuple[Header, bytes] | None:
         splices, size = self._splices(path), self._blobs.size(self._digest(self._placement.files[path].blob))
         digest = self._digest(self._placement.files[path].blob)
         if splices is None or not 8 <= size <= MAX_HEADER_BYTES + 8 or any(splice.at != size for splice in splices):

@@ -59,21 +59,23 @@ class BundleContents:
             self._check_ancestry(entry, found)
             return found
 
-    def source(self, entry: BundledVersion) -> Source:
+    def source(self, entry: BundledVersion, found: Rebuilt) -> Source:
         """One version, to be pushed, with its history.
 
         Raises:
             Corrupt, DigestMismatch, InvalidInput
         """
-        found = self.version(entry)
         with self._errors_of(entry):
             described = {role: self._blobs.document(digest) for role, digest in found.past.described.items()}
             described[HISTORY] = history(described.get(HISTORY, b"[]"), found.past.documents)
         origin = {**found.past.origin, "registry": self.index.registry, "version": entry.reference}
         return found.source(described=described, origin=origin)
 
-    def prove(self) -> None:
+    def prove(self) -> list[str]:
         """Holds every byte of the bundle against its digests. What passes can be imported.
+
+        Returns:
+            What the user should know.
 
         Raises:
             DigestMismatch, Corrupt, InvalidInput: it is damaged, or lies.
@@ -99,10 +101,12 @@ class BundleContents:
         for member in sorted(expected.difference(map(blob_member, tensors))):
             if member != INDEX and not is_event(member):
                 self._prove_blob(member)
+        notes: list[str] = []
         for entry in self.index.versions:
             version = self.version(entry)
             with self._errors_of(entry):
-                self._prove_version(entry, version, proven)
+                notes += self._prove_version(entry, version, proven)
+        return notes
 
     def _prove_tensors(self, digest: str) -> bytes:
         """Digests of the tensors of a blob, packed."""
@@ -122,12 +126,15 @@ class BundleContents:
     def _mismatch(self, digest: str, actual: str) -> DigestMismatch:
         return DigestMismatch(f"blob of {self._bundle.what}", expected=digest, actual=actual)
 
-    def _prove_version(self, entry: BundledVersion, found: Rebuilt, proven: Mapping[str, bytes]) -> None:
-        found.describe()
+    def _prove_version(self, entry: BundledVersion, found: Rebuilt, proven: Mapping[str, bytes]) -> list[str]:
+        notes = []
+        if found.describe().content_digest != entry.content:
+            # No damage: what counts as the same content is worked out by the program, and programs learn.
+            notes.append(f"{entry.reference} gets another content digest than where it comes from")
         if HISTORY in found.past.described:
             history(self._blobs.document(found.past.described[HISTORY]), ())
         if entry.external:
-            return
+            return notes
         for part in found.manifest.components:
             for position, (blob, ordinal) in enumerate(found.placement.components[part.role]):
                 packed = proven[found.placement.blobs[blob][0]]
@@ -143,6 +150,7 @@ class BundleContents:
                 if proof.hexdigest() != file.recorded.sha256:
                     what = f"{file.path} of {entry.reference}"
                     raise DigestMismatch(what, expected=file.recorded.sha256, actual=proof.hexdigest())
+        return notes
 
     def _event(self, namespace: str, name: str, seq: int) -> tuple[Event, bytes]:
         member = event_member(namespace, name, seq)

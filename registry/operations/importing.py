@@ -67,7 +67,7 @@ def import_bundle(context: Context, path: Path, *, name: str | None = None) -> I
     with open_bundle(path) as bundle:
         contents = BundleContents(bundle)
         renamed = _renaming(contents.index.versions, name)
-        contents.prove()
+        notes = contents.prove()
         done: list[ImportedVersion] = []
         here: dict[str, str] = {}
         for entry in contents.index.versions:
@@ -75,8 +75,8 @@ def import_bundle(context: Context, path: Path, *, name: str | None = None) -> I
             imported = _import_version(context, contents, entry, artifact, here)
             here[entry.reference] = imported.reference
             done.append(imported)
-    tags, notes = _set_tags(context, contents.index.versions, here, contents.index.registry)
-    return ImportResult(contents.index.registry, tuple(done), tags, notes)
+    tags, left = _set_tags(context, contents.index.versions, here, contents.index.registry)
+    return ImportResult(contents.index.registry, tuple(done), tags, (*notes, *left))
 
 
 def _renaming(versions: Sequence[BundledVersion], name: str | None) -> dict[str, str]:
@@ -97,8 +97,8 @@ def _import_version(
     if known is not None and (not missing or entry.external is not None):
         reference = f"{artifact}@{known.number}"
         return ImportedVersion(entry.reference, reference, entry.digest, entry.asked, False, missing, 0)
-    past = contents.version(entry).past
-    parents = contents.version(entry).manifest.parents
+    found = contents.version(entry)
+    past, parents = found.past, found.manifest.parents
     request = check_request(
         artifact,
         base=None if past.base is None else here[past.base],
@@ -107,7 +107,7 @@ def _import_version(
         parents=[(one.relation, here[source], one.weight) for one, source in zip(parents, past.parents, strict=True)],
         external=entry.external is not None,
     )
-    result = push(context, contents.source(entry), request)
+    result = push(context, contents.source(entry, found), request)
     with context.reading() as connection:
         pushed = _present(connection, artifact, entry.digest)
         missing = pushed is not None and bool(external_of_version(connection, pushed.id))

@@ -257,6 +257,16 @@ def other_manifest(b: Path, place: int, change: Callable[[Any], None]) -> None:
         rewrite_event(b, path.parent.name, int(path.stem), lambda tree: None)
 
 
+def test_another_content_digest_is_a_note_for_programs_learn(root: Path, b: Path) -> None:
+    tree = index(b)
+    tree["versions"][0]["content"] = "0" * 64
+    write_index(b, tree)
+    rewrite_event(b, "base", 1, lambda tree: tree["payload"].update(content="0" * 64))
+    with Registry.open(root) as registry:
+        notes = registry.import_(b).notes
+    assert notes == ("walk/base@1 gets another content digest than where it comes from",)
+
+
 def test_a_manifest_that_names_other_tensors_is_found(root: Path, b: Path) -> None:
     def swap(manifest: Any) -> None:
         tensors = manifest["components"]["adapter"]["tensors"]
@@ -583,6 +593,20 @@ def test_an_import_that_was_cut_off_is_completed_by_the_same_again(
         result = registry.import_(b)
         assert [one.created for one in result.versions] == [False, False, True]
         assert registry.get("walk/perturb@1").metadata == {"seed": 1}
+
+
+def test_an_event_that_the_journal_has_otherwise_is_not_exported(exported: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(exported / "registry", tmp_path / "registry"))
+    path = root / "journal" / "walk" / "base" / "1.json"
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes() + b" ")
+    with Registry.open(root) as registry, pytest.raises(Corrupt, match="event 1 of walk/base is another one"):
+        registry.export("walk/base", to=tmp_path / "x")
+    path.unlink()  # not written yet: the catalog has it
+    with Registry.open(root) as registry:
+        registry.export("walk/base", to=tmp_path / "x")
+    event = Path("events") / "walk" / "base" / "1.json"
+    assert (tmp_path / "x" / event).read_bytes() == (exported / "b" / event).read_bytes()
 
 
 def test_an_export_that_is_interrupted_leaves_nothing(
