@@ -17,6 +17,7 @@ from registry.operations import annotate, discover, inspect, tagging
 from registry.operations.discover import Location
 from registry.operations.inspect import Details, Lineage
 from registry.operations.version import Version, as_version
+from registry.transfer import Transfer
 from registry.upkeep import Upkeep
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class Registry(Upkeep):
+class Registry(Upkeep, Transfer):
     """A registry of LoRA adapters and checkpoints.
 
     Open it with `Registry.open`. One object may be used from several threads and in forked workers.
@@ -75,6 +76,9 @@ class Registry(Upkeep):
         >>> pushed = registry.push(lora_model, "walk/perturb", base="walk/base", tags=["prod"])
         >>> registry.load("walk/perturb:prod", another_model)
     """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
 
     @classmethod
     def open(cls, url: str | os.PathLike[str] | None = None) -> Registry:

@@ -24,17 +24,17 @@ from registry.core.annotations import (
     read_metrics,
 )
 from registry.core.digest import sha256_hex
-from registry.core.errors import ArtifactNotFound, InUse, InvalidInput, NotFound
+from registry.core.errors import ArtifactNotFound, DigestMismatch, InUse, InvalidInput, NotFound
 from registry.core.event import Event
 from registry.core.findings import Finding
 from registry.core.manifest import KINDS, RELATIONS, Parent
 from registry.core.reference import check_new_tag, parse_push_target, parse_reference, shown
 from registry.formats.origin import origin_of
-from registry.formats.source import Source
+from registry.formats.source import Said, Source
 from registry.operations.context import Context, actor, now
 from registry.operations.deleting import finish_deleting
 from registry.operations.describing import Description, describe
-from registry.operations.environment import Environment, capture
+from registry.operations.environment import capture
 from registry.operations.opening import Opening, open_source
 from registry.operations.proving import add_probe
 from registry.operations.writing import (
@@ -163,7 +163,7 @@ def push(context: Context, source: object, request: Request, how: Opening | None
             opened.origin = origin_of(Path(source))
         _set_role(opened, kind)
         add_probe(opened, source, how.probe, how.adapter_name)
-        environment = capture()
+        environment = opened.environment or capture().to_json()
         for attempt in range(ATTEMPTS):
             try:
                 result, events = _push_once(context, opened, kind, request, environment)
@@ -217,7 +217,7 @@ class _Known:
 
 
 def _push_once(
-    context: Context, source: Source, kind: str, request: Request, environment: Environment
+    context: Context, source: Source, kind: str, request: Request, environment: Mapping[str, object]
 ) -> tuple[PushResult, list[Event]]:
     with context.reading() as connection:
         ancestry = _ancestry(connection, request)
@@ -232,6 +232,9 @@ def _push_once(
         base = None if ancestry.base is None else ancestry.base.digest
         parents = [parent for parent, _ in ancestry.parents]
         described = describe(source, kind, files, plain_files, base=base, parents=parents)
+        if source.digest not in (None, described.manifest.digest):
+            what = f"the {source.form} as a version of {request.namespace}/{request.name}"
+            raise DigestMismatch(what, expected=str(source.digest), actual=described.manifest.digest)
         known = _known(context, request, described.manifest.digest)
         if known is None or known.state == "purged":
             stored = store_version(context, source, described, files, plain_files, batch, external=request.external)
@@ -276,6 +279,8 @@ def _push_once(
             descriptions.pop(role, None)
         add_descriptions(name, version, descriptions, actor=actor(), at=now())
         _require_blobs(context, descriptions.values())
+        if created:
+            _say_again(name, version, source.said)
         _annotate(name, version, request, source.metadata if created else {}, created=created)
         name.save()
         result = PushResult(
@@ -346,7 +351,7 @@ def _new_version(
     stored: StoredVersion,
     ancestry: _Ancestry,
     request: Request,
-    environment: Environment,
+    environment: Mapping[str, object],
 ) -> insertion.NewVersion:
     return insertion.NewVersion(
         manifest=described.manifest,
@@ -359,7 +364,7 @@ def _new_version(
         parents=tuple((parent.relation, key.id, parent.weight) for parent, key in ancestry.parents),
         bytes_new=stored.bytes_new,
         peft_version=source.peft_version,
-        environment=environment.to_json(),
+        environment=environment,
         message=request.message,
         findings=described.findings,
         nonfinite=described.nonfinite,
@@ -378,6 +383,15 @@ def _require_blobs(context: Context, stored: Iterable[blobs.NewBlob]) -> None:
     for blob in stored:
         if not blob.external and not context.store.blobs.contains(blob.digest):
             raise InUse(f"blob {blob.digest} was deleted during the push; push again")
+
+
+def _say_again(name: LockedName, version: VersionKey, said: Sequence[Said]) -> None:
+    by, at = actor(), now()
+    for one in said:
+        annotation_rows.set_metadata(name, version, one.metadata, actor=by, at=at)
+        annotation_rows.set_metrics(name, version, one.metrics, step=one.step, actor=by, at=at)
+        if one.note is not None:
+            name.append("note", {"text": one.note}, actor=by, at=at, version=(version.id, version.number))
 
 
 def _annotate(
