@@ -14,6 +14,7 @@ from registry.core.event import Event
 from registry.core.findings import Finding
 from registry.core.reference import parse_artifact
 from registry.operations import annotate, discover, inspect, tagging
+from registry.operations.context import Context
 from registry.operations.discover import Location
 from registry.operations.inspect import Details, Lineage
 from registry.operations.version import Version, as_version

@@ -89,11 +89,17 @@ class RebuiltFile(TensorFile):
 class BlobFile(PlainFile):
     """A file that is a blob."""
 
-    def __init__(self, path: str, digest: str, blobs: Blobs) -> None:
+    def __init__(self, path: str, digest: str, size: int, blobs: Blobs) -> None:
+        """
+        Raises:
+            Corrupt: the blob has another size.
+        """
         self.path = path
         self.digest = digest
-        self.size = blobs.size(digest)
+        self.size = size
         self._blobs = blobs
+        if blobs.size(digest) != size:
+            raise Corrupt(f"blob {digest}: expected {size} bytes, the file {path}, found {blobs.size(digest)}")
 
     def chunks(self) -> Iterator[bytes | memoryview]:
         return self._blobs.read(self.digest, 0, self.size)
@@ -182,7 +188,7 @@ class _Rebuilding:
         owning.update(path for path, placed in self._placement.files.items() if not placed.whole)
         ordered = [self._file(path) for path in in_order(self._owners, sorted(owning))]
         plain = [
-            BlobFile(file.path, self._digest(self._placement.files[file.path].blob), self._blobs)
+            BlobFile(file.path, self._digest(self._placement.files[file.path].blob), file.size, self._blobs)
             for file in self._manifest.files
             if file.path not in owning
         ]

@@ -65,7 +65,7 @@ def external_files(
         if role == "external" and digest not in paths:
             paths[digest] = file.path
         else:
-            plain.append(BlobFile(file.path, digest, blobs))
+            plain.append(BlobFile(file.path, digest, file.size, blobs))
     owners = {
         role: [paths.get(placement.blobs[blob][0]) for blob, _ in entries]
         for role, entries in placement.components.items()

@@ -475,7 +475,8 @@ def test_twenty_checkpoints_take_one_base_and_twenty_adapters(base_first: bool, 
         assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
     assert 40e6 < base_bytes < 42e6
     total = folder_bytes(root)
-    assert total <= 1.01 * (base_bytes + adapters)
+    # What is no weight weighs ten times as much here: manifests, headers, and since then the configurations.
+    assert total <= 1.011 * (base_bytes + adapters)
     # Of the rest, 0.3 MB is what an empty registry takes. A checkpoint adds about 200 bytes for each of its 72 tensors.
     assert (total - base_bytes - adapters - empty) / 20 < 20_000
 
