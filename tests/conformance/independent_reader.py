@@ -103,6 +103,7 @@ class _Reader:
         self.proven: set[tuple[str, int, str]] = set()
         self.manifests: dict[str, str] = {}  # ns/name@number -> digest
         self.edges: list[tuple[str, str, str]] = []  # child, parent, digest that the child's manifest has
+        self.absent: set[str] = set()  # ns/name@number of versions that are removed or purged
 
     def attempt(self, what: str, check: Callable[[], object]) -> bool:
         try:
@@ -179,20 +180,21 @@ class _Reader:
         self.report.orphans = sorted(self.good - self.named)
 
     def one_name(self, name: str, folder: Path, numbers: list[int]) -> None:
-        history = _History(name, self)
-        events = []
+        events: list[dict[str, Any]] = []
         for seq in numbers:
             self.attempt(
                 f"{name} event {seq}", lambda seq=seq: events.append(self.one_event(name, seq, folder / f"{seq}.json"))
             )
         require(numbers == list(range(1, len(numbers) + 1)), f"events are missing: there are {numbers}")
         require(len(events) == len(numbers), "an event could not be read, so its state is not known")
+        history = _History(name, self, last_places(events))
         for event in events:
             try:
                 history.take(event)
             except Refused as refused:
                 raise Refused(f"event {event['seq']}: {refused}") from refused
-        self.report.state["names"][name] = history.state()
+        if state := history.state():
+            self.report.state["names"][name] = state
 
     def one_event(self, name: str, seq: int, path: Path) -> dict[str, Any]:
         event = read_event(read_file(path))
@@ -202,10 +204,17 @@ class _Reader:
 
     # ---- versions
 
-    def version(self, reference: str, payload: dict[str, Any]) -> dict[str, Any]:
-        """Proves everything of one version; gives what the state says of its content."""
+    def version(self, reference: str, payload: dict[str, Any], place: Any) -> dict[str, Any]:
+        """Proves everything of one version; gives what the state says of its content.
+
+        Args:
+            place: its placement as the last event has it; None for a purged one.
+        """
         require(is_digest(payload["manifest"]), "manifest is no digest")
         placement = read_placement(payload["placement"])
+        if place is None:
+            return self.purged_version(payload["manifest"], placement)
+        placement = read_placement(place)
         self.named.update(placement["blobs"])
         manifest = read_manifest(self.blob(payload["manifest"]))
         require(payload["manifest"] in placement["blobs"], "the manifest is not among the blobs")
@@ -222,6 +231,16 @@ class _Reader:
         for file in manifest["files"]:
             self.file(file, layouts, placement)
         self.content(reference, payload["content"], manifest, layouts)
+        return manifest
+
+    def purged_version(self, digest: str, placement: dict[str, Any]) -> dict[str, Any]:
+        """What is left of it: the manifest and the layouts."""
+        manifest = read_manifest(self.blob(digest))
+        kept = {digest, *(part["layout"] for part in manifest["components"].values())}
+        require(kept <= set(placement["blobs"]), "the manifest or a layout is not among the blobs")
+        self.named.update(kept)
+        for part in manifest["components"].values():
+            require(len(read_layout(self.blob(part["layout"]))) == len(part["tensors"]), "not as many tensors")
         return manifest
 
     def component(self, role: str, digests: list[str], layout: list[Spec], placement: dict[str, Any]) -> None:
@@ -275,6 +294,20 @@ class _Reader:
             other, before = parent.rsplit("@", 1)
             if name == other and int(before) >= int(number):
                 self.report.problems.append(f"{child}: its parent {parent} is not older")
+            if parent in self.absent and child not in self.absent:
+                self.report.problems.append(f"{child}: its parent {parent} is removed")
+
+
+def last_places(events: list[dict[str, Any]]) -> dict[int, Any]:
+    """By number of a version, its placement after all events; None where it is purged."""
+    places: dict[int, Any] = {}
+    for event in events:
+        kind, number, payload = event["kind"], event["version"], event["payload"]
+        if is_whole(number) and kind == "purged":
+            places[number] = None
+        elif is_whole(number) and kind in ("pushed", "restored") and isinstance(payload, dict):
+            places[number] = payload.get("placement") or places.get(number)
+    return places
 
 
 PUSHED_MEMBERS = "manifest content base parents placement environment peft_version message bytes_new"
@@ -283,8 +316,10 @@ PUSHED_MEMBERS = "manifest content base parents placement environment peft_versi
 class _History:
     """The state of one name, event by event."""
 
-    def __init__(self, name: str, reader: _Reader) -> None:
+    def __init__(self, name: str, reader: _Reader, places: dict[int, Any]) -> None:
         self.name = name
+        self.places = places
+        self.there: dict[int, str] = {}  # present, removed or purged
         self.reader = reader
         self.at = ""
         self.count = 0
@@ -307,6 +342,9 @@ class _History:
             "metadata": self.metadata,
             "metrics": self.metrics,
             "note": self.note,
+            "removed": self.comes_or_goes,
+            "restored": self.comes_or_goes,
+            "purged": self.comes_or_goes,
         }
         if kind == "pushed":
             require(tag is None, "a push with a tag")
@@ -332,7 +370,7 @@ class _History:
         require(is_text_or_null(payload["message"]) and is_text_or_null(payload["peft_version"]), "message")
         require(is_whole(payload["bytes_new"]), "bytes_new")
         reference = f"{self.name}@{number}"
-        manifest = self.reader.version(reference, payload)
+        manifest = self.reader.version(reference, payload, self.places.get(number))
         known = [version["digest"] for version in self.versions.values()]
         require(payload["manifest"] not in known, "the name has this manifest already")
         base, parents = payload["base"], payload["parents"]
@@ -347,6 +385,7 @@ class _History:
             require(is_text(named) and parse_reference(named)["number"] is not None, f"{named!r} is no version")
             self.reader.edges.append((reference, named, digest))
         self.reader.manifests[reference] = payload["manifest"]
+        self.there[number] = "present"
         self.versions[number] = {
             "digest": payload["manifest"],
             "content": payload["content"],
@@ -383,6 +422,19 @@ class _History:
     def note(self, version: dict[str, Any], payload: dict[str, Any], event: dict[str, Any]) -> None:
         require(is_text(members(payload, "note", "text")["text"]), "text")
 
+    def comes_or_goes(self, version: dict[str, Any], payload: dict[str, Any], event: dict[str, Any]) -> None:
+        number, kind = event["version"], event["kind"]
+        before = self.there[number]
+        if kind == "purged":
+            require(is_whole(members(payload, kind, "bytes")["bytes"]) and before == "removed", f"it is {before}")
+        elif kind == "removed":
+            require(is_text_or_null(members(payload, kind, "why")["why"]) and before == "present", f"it is {before}")
+            require([number, True] not in [tag[:2] for tag in self.tags.values()], "a protected tag points to it")
+        else:
+            require(is_text_or_null(members(payload, kind, "why placement")["why"]), "why")
+            require(before == ("removed" if payload["placement"] is None else "purged"), f"it is {before}")
+        self.there[number] = "present" if kind == "restored" else kind
+
     def moved(self, tag: str, number: int, payload: dict[str, Any], event: dict[str, Any]) -> None:
         members(payload, "tag_moved", "from to why")
         before = self.tags.get(tag, [None, False, ""])
@@ -407,13 +459,17 @@ class _History:
         require(self.versions, "no version")
         for tag, (number, _, _) in sorted(self.tags.items()):
             self.versions[number]["tags"].append(tag)
+        present = [number for number in self.versions if self.there[number] == "present"]
+        self.reader.absent.update(f"{self.name}@{number}" for number in self.versions if number not in present)
+        if not present:
+            return {}
         for version in self.versions.values():
             for kind in ("metadata", "metrics"):
                 version[kind] = dict(sorted(version[kind].items()))
         return {
-            "versions": {str(number): version for number, version in self.versions.items()},
+            "versions": {str(number): self.versions[number] for number in present},
             "tags": dict(sorted(self.tags.items())),
-            "latest": max(self.versions),
+            "latest": max(present),
             "events": self.count,
             "history": dict(sorted(self.history.items())),
         }

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -266,6 +266,104 @@ def test_a_parent_is_named_where_several_names_have_its_manifest(registry: Regis
     registry.push({"a": torch.arange(9.0)}, "one/child", base="two/base")
     state = same_as_the_catalog(registry, tmp_path / "registry").state
     assert state["names"]["one/child"]["versions"]["1"]["base"] == "two/base@1"
+
+
+def test_removed_restored_and_purged_versions_say_the_same_in_store_and_catalog(
+    registry: Registry, tmp_path: Path
+) -> None:
+    registry.push({"a": torch.arange(800.0), "b": torch.ones(700)}, "gone/base")
+    for number in range(4):
+        registry.push(
+            {"a": torch.arange(800.0), "b": torch.full((600,), float(number))}, "gone/child", base="gone/base"
+        )
+    registry.push({"c": torch.ones(3)}, "gone/whole:kept")
+    registry.remove("gone/child@2", "gone/child@4", "gone/whole", why="by mistake")
+    registry.restore("gone/child@2")
+    same_as_the_catalog(registry, tmp_path / "registry")
+    freed = registry.gc(grace=timedelta(0))
+    assert freed.purged == ("gone/child@4", "gone/whole@1")
+    report = same_as_the_catalog(registry, tmp_path / "registry")
+    assert report.state["names"]["gone/child"]["latest"] == 3
+    assert report.orphans == []
+
+
+# ---------------------------------------------------------------- versions that go and come back
+
+
+def add_event(store: Path, name: str, kind: str, payload: dict[str, Any], number: int = 1) -> None:
+    """One more event of a name of the committed store."""
+    folder = store / "journal" / name
+    last = max(folder.iterdir(), key=lambda path: int(path.stem))
+    tree = parse_json(last.read_bytes())
+    seq = tree["seq"] + 1
+    write(folder / f"{seq}.json", last.read_bytes())
+    change_event(
+        folder / f"{seq}.json",
+        lambda tree: tree.update(seq=seq, kind=kind, version=number, tag=None, payload=payload),
+    )
+
+
+REMOVED, PURGED = ("removed", {"why": None}), ("purged", {"bytes": 0})
+RESTORED = ("restored", {"why": None, "placement": None})
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [RESTORED],
+        [PURGED],
+        [REMOVED, REMOVED],
+        [REMOVED, PURGED, RESTORED],
+        [REMOVED, PURGED, PURGED],
+        [("removed", {})],
+        [("removed", {"why": 3})],
+        [REMOVED, ("restored", {"why": None})],
+        [REMOVED, ("purged", {"bytes": "many"})],
+    ],
+)
+def test_what_does_not_follow_from_the_state_before_is_refused(
+    store: Path, events: list[tuple[str, dict[str, Any]]]
+) -> None:
+    for kind, payload in events:
+        add_event(store, "walk/bare", kind, payload)
+    (problem,) = check_store(store).problems
+    assert problem.startswith(f"walk/bare: event {1 + len(events)}: ")
+
+
+def test_a_version_that_is_present_came_from_what_is_present(store: Path) -> None:
+    add_event(store, "walk/base", *REMOVED)
+    assert any("its parent walk/base@1 is removed" in problem for problem in check_store(store).problems)
+
+
+def test_only_the_manifest_and_the_layouts_of_a_purged_version_have_to_be_there(store: Path) -> None:
+    [pushed] = pushes("walk/bare")
+    payload = json.loads(read(pushed))["payload"]
+    add_event(store, "walk/bare", *REMOVED)
+    assert check_store(store).problems == []
+    assert "walk/bare" not in check_store(store).state["names"]
+    needed = {digest for path in pushes() if path != pushed for digest, _ in placed(path)["blobs"]}
+    own = [digest for digest, role in payload["placement"]["blobs"] if role == "tensors" and digest not in needed]
+    assert own
+    for digest in own:
+        (store / "blobs" / "sha256" / digest[:2] / digest).unlink()
+    assert check_store(store).problems
+    add_event(store, "walk/bare", *PURGED)
+    assert check_store(store).problems == []
+    (store / "blobs" / "sha256" / payload["manifest"][:2] / payload["manifest"]).unlink()
+    assert check_store(store).problems
+
+
+def placed(path: Path) -> Any:
+    return json.loads(read(path))["payload"]["placement"]
+
+
+def test_a_purged_version_comes_back_with_a_placement_of_its_own(store: Path) -> None:
+    [pushed] = pushes("walk/bare")
+    for kind, payload in (REMOVED, PURGED, ("restored", {"why": None, "placement": placed(pushed)})):
+        add_event(store, "walk/bare", kind, payload)
+    report = check_store(store)
+    assert report.problems == []
+    assert report.state["names"]["walk/bare"]["latest"] == 1
 
 
 # ---------------------------------------------------------------- damage
