@@ -368,6 +368,7 @@ class Reader:
     # ---- lineage, when every name is known
 
     def lineage(self) -> None:
+        states = {version.reference: version.state for version in self.versions}
         for child, parent, digest in self.edges:
             if self.manifests.get(parent) != digest:
                 self.report.problems.append(f"{child}: its parent {parent} is not there, or has another digest")
@@ -375,6 +376,8 @@ class Reader:
             other, before = parent.rsplit("@", 1)
             if name == other and int(before) >= int(number):
                 self.report.problems.append(f"{child}: its parent {parent} is not older")
+            if states.get(parent, "present") != "present" and states[child] == "present":
+                self.report.problems.append(f"{child}: its parent {parent} is {states[parent]}")
 
 
 def main() -> int:

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
 
@@ -255,6 +255,25 @@ def test_a_parent_is_named_where_several_names_have_its_manifest(registry: Regis
     registry.push({"a": torch.arange(9.0)}, "one/child", base="two/base")
     state = same_as_the_catalog(registry, tmp_path / "registry").state
     assert state["names"]["one/child"]["versions"]["1"]["base"] == "two/base@1"
+
+
+def test_removed_restored_and_purged_versions_say_the_same_in_store_and_catalog(
+    registry: Registry, tmp_path: Path
+) -> None:
+    registry.push({"a": torch.arange(800.0), "b": torch.ones(700)}, "gone/base")
+    for number in range(4):
+        registry.push(
+            {"a": torch.arange(800.0), "b": torch.full((600,), float(number))}, "gone/child", base="gone/base"
+        )
+    registry.push({"c": torch.ones(3)}, "gone/whole:kept")
+    registry.remove("gone/child@2", "gone/child@4", "gone/whole", why="by mistake")
+    registry.restore("gone/child@2")
+    same_as_the_catalog(registry, tmp_path / "registry")
+    freed = registry.gc(grace=timedelta(0))
+    assert freed.purged == ("gone/child@4", "gone/whole@1")
+    report = same_as_the_catalog(registry, tmp_path / "registry")
+    assert report.state["names"]["gone/child"]["latest"] == 3
+    assert report.orphans == []
 
 
 def test_the_sample_files_are_safetensors_that_others_read(tmp_path: Path) -> None:

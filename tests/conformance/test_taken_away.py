@@ -102,6 +102,13 @@ def test_a_state_that_does_not_follow_is_noticed(store: Path, events: list[tuple
     assert any("walk/run" in problem for problem in check_store(store).problems)
 
 
+def test_a_version_that_is_present_came_from_what_is_present(store: Path) -> None:
+    append(store, "walk/far", "removed", 1, {"why": None})
+    assert check_store(store).problems == ["walk/onfar@1: its parent walk/far@1 is removed"]
+    append(store, "walk/onfar", "removed", 1, {"why": None})
+    assert check_store(store).problems == []
+
+
 def test_a_version_with_a_protected_tag_is_not_removed(store: Path) -> None:
     append(store, "walk/perturb", "removed", 3, {"why": None})
     assert any("protected" in problem for problem in check_store(store).problems)
