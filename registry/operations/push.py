@@ -266,6 +266,7 @@ def _push_once(
             version = insertion.insert_version(name, new)
         elif stored is not None:
             insertion.put_back(name, version, _new_version(source, described, stored, ancestry, request, environment))
+            notes.append("gc had taken its bytes, and it is back")
         elif removal.states(connection, [version.id])[version.id] == "purged":
             raise InUse(f"{request.namespace}/{request.name} changed during the push; push again")
         elif removal.restore(name, version, actor=actor(), at=now(), why=insertion.PUSHED_AGAIN) is not None:

@@ -44,6 +44,7 @@ def test_a_purged_version_comes_back_with_its_bytes(registry: Registry, tmp_path
     again = registry.push(tensors(), "walk/base")
     assert (again.created, again.version) == (False, 1)
     assert again.bytes_new > 4 * 64 * 64
+    assert "gc had taken its bytes, and it is back" in again.notes
     registry.pull("walk/base@1", tmp_path / "after.safetensors")
     assert (tmp_path / "after.safetensors").read_bytes() == (tmp_path / "before.safetensors").read_bytes()
     assert registry.push(tensors(), "walk/base").bytes_new == 0
