@@ -135,12 +135,14 @@ class Registry:
         parents: Sequence[tuple[str, str, float | None]] = (),
         adapter_name: str | None = None,
         external: bool = False,
+        attachments: bool = True,
+        attachment_limit: int | None = None,
     ) -> PushResult:
         """Pushes an artifact as a new version; the very same thing again is a no-op that says so.
 
         Args:
-            source: a PEFT folder, a `.safetensors` file, a PeftModel (or a module that holds exactly
-                one), any other module, or a state dict.
+            source: a PEFT folder, a folder that transformers or diffusers saved a model in, a `.safetensors` file, a
+                PeftModel (or a module that holds exactly one), any other module, or a state dict.
             name: `namespace/name`, or `namespace/name:tag` to move a tag as well.
             base: reference of the base version that it was trained on.
             tags: tags to move to the version.
@@ -157,6 +159,8 @@ class Registry:
             adapter_name: which adapter of a live model; its active one by default.
             external: record layout, tensor digests and where it came from, and store none of its tensors: for bases of
                 many gigabytes. It can be checked against, not pulled or loaded.
+            attachments: whether a folder's other files (tokenizer, README, ...) are kept with the version.
+            attachment_limit: bytes of one of them; None: 256 MiB. A larger one is refused.
 
         Returns:
             What was stored, with the findings about the artifact.
@@ -182,7 +186,14 @@ class Registry:
             parents=edges,
             external=external,
         )
-        return push.push(self._context, source, request, adapter_name=adapter_name)
+        return push.push(
+            self._context,
+            source,
+            request,
+            adapter_name=adapter_name,
+            attachments=attachments,
+            attachment_limit=attachment_limit,
+        )
 
     def resolve(self, reference: str) -> str:
         """The pinned form, `namespace/name@number`, of any reference.

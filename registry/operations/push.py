@@ -147,23 +147,46 @@ def check_request(
     )
 
 
-def open_source(source: object, *, kind: str | None, adapter_name: str | None) -> Source:
+def open_source(
+    source: object,
+    *,
+    kind: str | None,
+    adapter_name: str | None,
+    attachments: bool = True,
+    attachment_limit: int | None = None,
+) -> Source:
     """Opens whatever was given to a push; a source that is open already is taken as it is."""
     if isinstance(source, Source):
         return source
     if isinstance(source, str | os.PathLike):
+        from registry.formats.attachments import ATTACHMENT_LIMIT
         from registry.formats.paths import read_path
 
-        return read_path(Path(source))
+        limit = ATTACHMENT_LIMIT if attachment_limit is None else attachment_limit
+        return read_path(Path(source), attachment_limit=limit if attachments else None)
     from registry.formats.live import read_live
 
     return read_live(source, kind=kind, adapter_name=adapter_name)
 
 
-def push(context: Context, source: object, request: Request, *, adapter_name: str | None = None) -> PushResult:
+def push(
+    context: Context,
+    source: object,
+    request: Request,
+    *,
+    adapter_name: str | None = None,
+    attachments: bool = True,
+    attachment_limit: int | None = None,
+) -> PushResult:
     """Pushes a source; see `Registry.push`."""
     context.require_writable()
-    with open_source(source, kind=request.kind, adapter_name=adapter_name) as opened:
+    with open_source(
+        source,
+        kind=request.kind,
+        adapter_name=adapter_name,
+        attachments=attachments,
+        attachment_limit=attachment_limit,
+    ) as opened:
         kind = request.kind or opened.kind
         if request.external and kind == "adapter":
             raise InvalidInput(f"the {opened.form} is an adapter; only bases and checkpoints are recorded as external")
