@@ -60,10 +60,6 @@ class ModelComponent:
     index: str | None
     files: tuple[str, ...]
 
-    @property
-    def is_pickled(self) -> bool:
-        return not self.files[0].endswith(".safetensors")
-
 
 @dataclass(frozen=True)
 class ModelFolder:

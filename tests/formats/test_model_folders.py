@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from registry import Registry
 from registry.core.canonical_json import parse_json
 from registry.core.errors import InvalidInput, MalformedTensors, NotStored
-from registry.core.layout import Layout, TensorSpec
 from registry.formats.model_folders import (
     ModelComponent,
     ModelFolder,
@@ -58,7 +57,6 @@ def test_a_configuration_and_weights_are_a_transformers_folder(weights: str) -> 
     assert (plan.form, plan.tensor_files, plan.documents) == ("transformers folder", (weights,), ("config.json",))
     component = only(plan)
     assert (component.role, component.library, component.model_class) == ("model", "transformers", "BertModel")
-    assert component.is_pickled == (weights == "pytorch_model.bin")
 
 
 def test_a_class_of_diffusers_is_a_diffusers_model() -> None:
@@ -211,10 +209,6 @@ def test_an_index_that_plays_tricks_is_refused(text: str, message: str) -> None:
     assert str(caught.value).isprintable()
 
 
-def layout(*names: str) -> Layout:
-    return Layout(tuple(TensorSpec(name, "F32", (2, 3)) for name in names))
-
-
 INDEX = read_shard_index(
     SAFE + ".index.json",
     json.dumps(
@@ -238,14 +232,13 @@ INDEX = read_shard_index(
 )
 def test_shards_that_are_not_as_their_index_says_are_refused(first: str, second: str, message: str) -> None:
     with pytest.raises(MalformedTensors, match=f"{INDEX.path}: {message}"):
-        check_shards(INDEX, {"1.safetensors": layout(*first), "2.safetensors": layout(*second)})
+        check_shards(INDEX, {"1.safetensors": first, "2.safetensors": second}, nbytes=72)
 
 
 def test_a_total_that_is_wrong_is_a_note() -> None:
-    shards = {"1.safetensors": layout("a"), "2.safetensors": layout("b", "c")}
-    assert check_shards(INDEX, shards) == ()
-    larger = {**shards, "1.safetensors": Layout((TensorSpec("a", "F64", (2, 3)),))}
-    assert check_shards(INDEX, larger) == (f"{INDEX.path} says 72 bytes of tensors; its shards have 96",)
+    shards = {"1.safetensors": ["a"], "2.safetensors": ["b", "c"]}
+    assert check_shards(INDEX, shards, nbytes=72) == ()
+    assert check_shards(INDEX, shards, nbytes=96) == (f"{INDEX.path} says 72 bytes of tensors; its shards have 96",)
 
 
 def test_a_missing_shard_is_named_with_a_tensor() -> None:
@@ -294,6 +287,42 @@ def test_a_sharded_model_is_one_component_and_comes_back(registry: Registry, tmp
     # The same weights in one file are found again, tensor by tensor.
     again = registry.push(folder, "walk/base")
     assert (again.created, again.bytes_new) == (False, 0)
+
+
+def pickled(folder: Path, *, shards: int) -> Path:
+    """The folder as it was before safetensors: tied tensors stand in it under both names."""
+    tensors = saved_tensors(folder)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    for path in folder.glob("model*"):
+        path.unlink()
+    if shards == 1:
+        torch.save(tensors, folder / "pytorch_model.bin")
+        return folder
+    names = [f"pytorch_model-{number:05}-of-{shards:05}.bin" for number in range(1, shards + 1)]
+    homes = {tensor: names[place % shards] for place, tensor in enumerate(sorted(tensors))}
+    homes["lm_head.weight"] = homes["model.embed_tokens.weight"]
+    for name in names:
+        torch.save({tensor: tensors[tensor] for tensor, home in homes.items() if home == name}, folder / name)
+    size = sum(value.nbytes for name, value in tensors.items() if name != "lm_head.weight")
+    index = {"metadata": {"total_size": size}, "weight_map": homes}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_model_in_pickles_comes_back_and_shares_its_tensors(shards: int, registry: Registry, tmp_path: Path) -> None:
+    folder = save_model("tied llama", tmp_path / "model")
+    registry.push(folder, "walk/safe")
+    again = registry.push(pickled(folder, shards=shards), "walk/pickled")
+    assert again.notes == ()
+    registry.pull("walk/pickled", tmp_path / "again")
+    assert files_of(tmp_path / "again") == files_of(folder)
+    safe, loaded = registry.load("walk/safe"), registry.load("walk/pickled")
+    assert all(torch.equal(loaded[name], safe[name]) for name in safe)
+    assert torch.equal(loaded["lm_head.weight"], safe["model.embed_tokens.weight"])
+    # Both names are saved now, so neither is made from the other.
+    ours = live_names_of(registry, "walk/pickled")["model"]
+    assert (ours["tied"], ours["missing"], ours["unused"]) == ({}, [], [])
 
 
 def test_the_map_beside_a_version_is_that_of_its_library(registry: Registry, tmp_path: Path) -> None:
@@ -393,10 +422,10 @@ def take_a_shard(folder: Path) -> None:
     sorted(folder.glob("*.safetensors"))[1].unlink()
 
 
-def pickle_it(folder: Path) -> None:
+def pickle_something_else(folder: Path) -> None:
     for path in folder.glob("model*"):
         path.unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"")
+    torch.save([torch.ones(2)], folder / "pytorch_model.bin")
 
 
 @pytest.mark.parametrize(
@@ -405,7 +434,7 @@ def pickle_it(folder: Path) -> None:
         (damage_index, "is not listed"),
         (damage_shard, "is not listed"),
         (take_a_shard, "is missing, in which"),
-        (pickle_it, r"pytorch_model\.bin is a pickle; save the model again"),
+        (pickle_something_else, r"pytorch_model\.bin: expected a state dict"),
     ],
 )
 def test_a_damaged_folder_is_refused_before_anything_is_stored(
