@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -185,8 +185,19 @@ def open_source(source: object, *, kind: str | None, how: Opening) -> Source:
     return opened
 
 
-def push(context: Context, source: object, request: Request, how: Opening | None = None) -> PushResult:
-    """Pushes a source; see `Registry.push`."""
+def push(
+    context: Context,
+    source: object,
+    request: Request,
+    how: Opening | None = None,
+    *,
+    before_storing: Callable[[Description], None] | None = None,
+) -> PushResult:
+    """Pushes a source; see `Registry.push`.
+
+    Args:
+        before_storing: called when it is known what the version is; what it raises ends the push, nothing being stored.
+    """
     context.require_writable()
     with open_source(source, kind=request.kind, how=how or Opening()) as opened:
         kind = request.kind or opened.kind
@@ -198,7 +209,7 @@ def push(context: Context, source: object, request: Request, how: Opening | None
         environment = capture()
         for attempt in range(ATTEMPTS):
             try:
-                result, events = _push_once(context, opened, kind, request, environment)
+                result, events = _push_once(context, opened, kind, request, environment, before_storing)
             except InUse:
                 # gc was deleting a blob that this push needs; by now it is gone, so it is stored again.
                 if attempt == ATTEMPTS - 1:
@@ -246,7 +257,12 @@ class _Known:
 
 
 def _push_once(
-    context: Context, source: Source, kind: str, request: Request, environment: Environment
+    context: Context,
+    source: Source,
+    kind: str,
+    request: Request,
+    environment: Environment,
+    before_storing: Callable[[Description], None] | None,
 ) -> tuple[PushResult, list[Event]]:
     with context.reading() as connection:
         ancestry = _ancestry(connection, request)
@@ -260,6 +276,8 @@ def _push_once(
         base = None if ancestry.base is None else ancestry.base.digest
         parents = [parent for parent, _ in ancestry.parents]
         described = describe(source, kind, files, plain_files, base=base, parents=parents)
+        if before_storing is not None:
+            before_storing(described)
         known = _known(context, request, described.manifest.digest)
         if known is None:
             stored = store_version(context, source, described, files, plain_files, batch, external=request.external)
