@@ -17,6 +17,7 @@ class VersionRow:
     """A version, as far as an adoption needs it.
 
     Attributes:
+        base: reference of its base.
         metadata: those of the keys that were asked for, as text.
     """
 
@@ -27,7 +28,7 @@ class VersionRow:
     digest: str
     kind: str
     state: str
-    has_base: bool
+    base: str | None
     metadata: dict[str, str]
 
     @property
@@ -39,7 +40,9 @@ class VersionRow:
         return f"{self.artifact}@{self.number}"
 
 
-_ROWS = select(
+_base_version = version.alias("base_version")
+_base_artifact = artifact.alias("base_artifact")
+_COLUMNS = select(
     version.c.id,
     artifact.c.namespace,
     artifact.c.name,
@@ -47,8 +50,15 @@ _ROWS = select(
     version.c.manifest_digest,
     version.c.kind,
     version.c.state,
-    version.c.base_id,
-).join(artifact, artifact.c.id == version.c.artifact_id)
+    _base_artifact.c.namespace.label("base_namespace"),
+    _base_artifact.c.name.label("base_name"),
+    _base_version.c.number.label("base_number"),
+)
+_ROWS = (
+    _COLUMNS.join(artifact, artifact.c.id == version.c.artifact_id)
+    .outerjoin(_base_version, _base_version.c.id == version.c.base_id)
+    .outerjoin(_base_artifact, _base_artifact.c.id == _base_version.c.artifact_id)
+)
 
 
 def names_in(connection: Connection, namespace: str) -> set[str]:
@@ -110,7 +120,7 @@ def _rows(connection: Connection, statement: Select[Any], keys: Collection[str])
             digest=row.manifest_digest,
             kind=row.kind,
             state=row.state,
-            has_base=row.base_id is not None,
+            base=None if row.base_number is None else f"{row.base_namespace}/{row.base_name}@{row.base_number}",
             metadata=said.get(row.id, {}),
         )
         for row in rows

@@ -145,7 +145,7 @@ def _verdict(item: Item) -> str:
     elif item.verdict == "new" and item.external:
         said = "new, external"
     if item.findings:
-        said += f", {item.findings} findings"
+        said += f", {item.findings} finding{'s' if item.findings > 1 else ''}"
     why = item.why or (item.guess.why if item.verdict == "new" and item.guess is not None else "")
     return f"{said}: {why}" if why else said
 

@@ -4,7 +4,7 @@ is broken is said and stops nothing else."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,7 +118,7 @@ class _Work:
         except _OF_THE_REGISTRY:
             raise
         except RegistryError as error:
-            return replace(item, base=None, verdict="broken", why=one_line(error))
+            return replace(item, base=None, verdict="broken", why=one_line(error, self._plan.tree.root))
 
     def _push(self, step: Step, item: Item) -> Item:
         request = check_request(
@@ -128,10 +128,17 @@ class _Work:
             parents=[] if item.continued_from is None else [("continued_from", item.continued_from, None)],
             external=item.external,
         )
-        source = open_artifact(step.artifact, self._attachments, ask_live_names=True)
+        source = open_artifact(step.artifact, self._attachments, ask_live_names=False)
         source.origin = origin_of(step.artifact.place)
-        check = None if self._keep_duplicates else self._refuse_same(item.name)
-        result = push(self._context, source, request, before_storing=check)
+
+        def before_storing(described: Description) -> None:
+            if not self._keep_duplicates:
+                self._refuse_same(item.name, described)
+            if step.artifact.form == "model":  # only now: to ask for live names takes seconds
+                with open_artifact(step.artifact, self._attachments, ask_live_names=True) as again:
+                    source.described, source.notes = again.described, again.notes
+
+        result = push(self._context, source, request, before_storing=before_storing)
         return replace(
             item,
             kind=result.kind,
@@ -152,14 +159,11 @@ class _Work:
         said |= {key: origin[of] for key, of in ((HUB_ID, "hub_id"), (HUB_REVISION, "revision")) if of in origin}
         return said
 
-    def _refuse_same(self, name: str) -> Callable[[Description], None]:
-        def check(described: Description) -> None:
-            with self._context.reading() as connection:
-                rows = versions_of_content(connection, described.content_digest, (FROM,))
-            if rows and not any(row.artifact == name and row.digest == described.manifest.digest for row in rows):
-                raise _SameContent(rows)
-
-        return check
+    def _refuse_same(self, name: str, described: Description) -> None:
+        with self._context.reading() as connection:
+            rows = versions_of_content(connection, described.content_digest, (FROM,))
+        if rows and not any(row.artifact == name and row.digest == described.manifest.digest for row in rows):
+            raise _SameContent(rows)
 
     def _as_duplicate(self, step: Step, item: Item, rows: list[VersionRow]) -> Item:
         own = [row for row in rows if row.artifact == item.name and row.metadata.get(FROM) == path_text(item.path)]
@@ -167,11 +171,13 @@ class _Work:
             # Only its files were touched, or more is known of its base by now: the next adoption need not read it.
             metadata = read_metadata({FINGERPRINT: self._metadata(step)[FINGERPRINT]})
             annotate.annotate(self._context, own[0].reference, metadata=metadata, metrics={}, step=None)
-            return replace(item, base=None, verdict="there", reference=own[0].reference, why="")
+            return replace(item, base=own[0].base, verdict="there", reference=own[0].reference, why="")
         path = rows[0].metadata.get(FROM)
         where = f", from {path}" if path else ""
         why = f"same content as {rows[0].reference}{where}"
-        return replace(item, base=None, verdict="duplicate", reference=rows[0].reference, why=why)
+        return replace(
+            item, name=rows[0].artifact, base=rows[0].base, verdict="duplicate", reference=rows[0].reference, why=why
+        )
 
     def _base(self, guess: BaseGuess | None) -> tuple[str | None, str]:
         """The base to push an adapter with, and what there is to say of it."""

@@ -15,7 +15,7 @@ from registry.catalog.descriptions import descriptions_of
 from registry.core.adapter_names import Target
 from registry.core.errors import RegistryError
 from registry.core.layout import Layout
-from registry.core.reference import parse_artifact
+from registry.core.reference import parse_artifact, shown
 from registry.core.run_names import RunPlace, choose_names, run_place, slug
 from registry.formats.model_source import LIVE_NAMES
 from registry.formats.origin import origin_of
@@ -141,13 +141,15 @@ class _Planner:
             known = self._known(artifact.path, mark)
             if known is not None:
                 item = _as_known(item, known)
+                if item.verdict == "there" and item.kind == "adapter" and item.base is None:
+                    look = self._interned(look_at(artifact, self._attachments))
             else:
                 look = self._interned(look_at(artifact, self._attachments))
                 item = replace(item, kind=look.kind, external=self._is_external(look, size))
         except NoArtifact as reason:
-            item = replace(item, verdict="left out", why=str(reason))
+            item = replace(item, verdict="left out", why=one_line(reason, self._root))
         except RegistryError as error:
-            item = replace(item, verdict="broken", why=one_line(error))
+            item = replace(item, verdict="broken", why=one_line(error, self._root))
         said = place
         if look is not None:
             step = look.step if place.step is None else place.step
@@ -198,6 +200,9 @@ class _Planner:
         if look is not None and look.kind == "adapter":
             folder = step.artifact.place.parent if step.artifact.form == "file" else step.artifact.place
             item = replace(item, guess=guesser.guess(look.recorded, look.revision, look.targets, folder))
+        if item.verdict == "there" and item.guess is not None and item.guess.how in ("recorded", "fits"):
+            label = shown(item.guess.bases[0].label, 120)
+            item = replace(item, why=f"it has no base, and by now there is {label}: push it again with --base")
         return replace(step, item=item)
 
     def _bases(self, stored: _StoredBases) -> list[Base]:
@@ -235,7 +240,7 @@ class _Planner:
 def _as_known(item: Item, row: VersionRow) -> Item:
     """An item that is in already."""
     step = row.metadata.get(STEP, "")
-    item = replace(item, kind=row.kind, name=row.artifact, reference=row.reference, verdict="there")
+    item = replace(item, kind=row.kind, name=row.artifact, base=row.base, reference=row.reference, verdict="there")
     if item.step is None and step.isdecimal():
         item = replace(item, step=int(step))
     if row.state == "present":
@@ -245,9 +250,10 @@ def _as_known(item: Item, row: VersionRow) -> Item:
     )
 
 
-def one_line(error: RegistryError) -> str:
+def one_line(error: Exception, root: Path) -> str:
+    """What an error says, with paths relative to the tree."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return (text.splitlines() or [type(error).__name__])[0]
+    return (text.splitlines() or [type(error).__name__])[0].replace(f"{root}{os.sep}", "")
 
 
 def _turn(step: Step) -> tuple[object, ...]:

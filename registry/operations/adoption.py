@@ -99,7 +99,7 @@ class Adoption:
             for item in self.items
             if item.kind == "adapter"
             and (
-                (item.verdict == "adopted" and item.base is None)
+                (item.verdict in ("adopted", "there") and item.base is None)
                 or (item.verdict == "new" and (item.guess is None or item.guess.how not in ("recorded", "fits")))
             )
         )
