@@ -88,6 +88,7 @@ class Tree:
     """What lies in a tree.
 
     Attributes:
+        root: absolute, without links.
         artifacts: sorted by path.
         skipped: links and folders that were not entered, one by one.
         counted: how many files and folders of which kind are no artifacts.
@@ -120,7 +121,7 @@ def scan(root: Path, *, on_folder: Callable[[str], None] = lambda path: None) ->
     walk = _Walk(resolved, around, on_folder)
     walk.run()
     return Tree(
-        root,
+        resolved,
         tuple(sorted(walk.artifacts, key=lambda artifact: artifact.path)),
         tuple(sorted(walk.skipped, key=lambda one: one.path)),
         dict(sorted(walk.counted.items())),

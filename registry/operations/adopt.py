@@ -134,7 +134,7 @@ class _Work:
         def before_storing(described: Description) -> None:
             if not self._keep_duplicates:
                 self._refuse_same(item.name, described)
-            if step.artifact.form == "model":  # only now: to ask for live names takes seconds
+            if step.artifact.form == "model" and not source.described:  # only now: to ask for live names takes seconds
                 with open_artifact(step.artifact, self._attachments, ask_live_names=True) as again:
                     source.described, source.notes = again.described, again.notes
 

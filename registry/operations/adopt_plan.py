@@ -118,7 +118,7 @@ class _Planner:
         attachments: Attachments,
     ) -> None:
         self._context = context
-        self._root = Path(os.path.realpath(tree.root))
+        self._root = tree.root
         self._namespace = namespace
         self._external_over = external_over
         self._attachments = attachments

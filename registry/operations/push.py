@@ -196,7 +196,8 @@ def push(
     """Pushes a source; see `Registry.push`.
 
     Args:
-        before_storing: called when it is known what the version is; what it raises ends the push, nothing being stored.
+        before_storing: called when it is known what the version is, before anything is stored, and once more under the
+            lock of the name where it is not there yet; what it raises ends the push.
     """
     context.require_writable()
     with open_source(source, kind=request.kind, how=how or Opening()) as opened:
@@ -300,6 +301,8 @@ def _push_once(
         version = version_by_digest(connection, name.id, described.manifest.digest)
         created = version is None
         if version is None:
+            if before_storing is not None:
+                before_storing(described)
             if stored is None:
                 raise InUse(f"{request.namespace}/{request.name} changed during the push; push again")
             version = _insert(context, name, source, described, stored, ancestry, request, environment)

@@ -23,9 +23,10 @@ def save_adapter(
     folder: Path, *, seed: int, recorded: str | None = "models/walker", base: Any = None, **options: Any
 ) -> Path:
     """A PEFT folder as `save_pretrained` writes it."""
-    model = lora(base, seed=seed, **options)
-    model.peft_config["default"].base_model_name_or_path = recorded
-    model.save_pretrained(folder)
+    lora(base, seed=seed, **options).save_pretrained(folder)
+    # Set here, as PEFT would look it up when it saves.
+    config = json.loads((folder / "adapter_config.json").read_bytes())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": recorded}))
     return folder
 
 
@@ -151,6 +152,9 @@ def build(root: Path) -> Path:
 
 
 def llama_of(folder: Path) -> torch.nn.Module:
+    """The model that was saved there, without the name of where it came from."""
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(folder)  # type: ignore[no-any-return]
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(folder))
+    model.config.name_or_path = ""
+    return model  # type: ignore[no-any-return]
