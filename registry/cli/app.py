@@ -24,6 +24,7 @@ EXIT_CLOSED_PIPE = 141
 COMMANDS = {
     "init": "registry.cli.places",
     "push": "registry.cli.push",
+    "adopt": "registry.cli.adopt",
     "pull": "registry.cli.pull",
     "list": "registry.cli.list",
     "show": "registry.cli.show",

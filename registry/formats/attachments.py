@@ -50,11 +50,13 @@ class FolderListing:
         folder: its path as it was given.
         files: sorted by path.
         left_out: folders that were not entered, by `LEFT_OUT`.
+        without: files and folders that its caller did not want.
     """
 
     folder: Path
     files: tuple[FolderFile, ...]
     left_out: tuple[str, ...]
+    without: frozenset[str] = frozenset()
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -63,12 +65,15 @@ class FolderListing:
     def is_unchanged(self) -> bool:
         """Whether the same files stand there, and nobody seems to have written to them."""
         with suppress(SourceNotFound):
-            return list_folder(self.folder) == self
+            return list_folder(self.folder, self.without) == self
         return False
 
 
-def list_folder(folder: Path) -> FolderListing:
+def list_folder(folder: Path, without: frozenset[str] = frozenset()) -> FolderListing:
     """Walks a folder. No symbolic link is followed but those that a Hugging Face hub cache is made of.
+
+    Args:
+        without: files and folders in it that are as if they were not there, relative, with `/`.
 
     Raises:
         SourceNotFound, StorageError: the folder, or one in it, cannot be read.
@@ -85,6 +90,8 @@ def list_folder(folder: Path) -> FolderListing:
         with source_errors(here), os.scandir(here) as entries:
             for entry in entries:
                 path = f"{inside}{entry.name}"
+                if path in without:
+                    continue
                 if not entry.is_dir(follow_symlinks=False):
                     files.append(_file(path, here / entry.name, blobs))
                 elif entry.name in LEFT_OUT:
@@ -93,7 +100,7 @@ def list_folder(folder: Path) -> FolderListing:
                     waiting.append(f"{path}/")
                 else:
                     files.append(FolderFile(path, here / entry.name, None, refusal))
-    return FolderListing(folder, tuple(sorted(files, key=lambda file: file.path)), tuple(sorted(left_out)))
+    return FolderListing(folder, tuple(sorted(files, key=lambda file: file.path)), tuple(sorted(left_out)), without)
 
 
 def _file(path: str, place: Path, blobs: Path | None) -> FolderFile:

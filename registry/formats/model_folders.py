@@ -202,6 +202,11 @@ def _weights_in(folder: str, paths: Collection[str]) -> Iterator[str]:
             yield path
 
 
+def is_weights_name(name: str) -> bool:
+    """Whether a file has a name that transformers or diffusers give to weights, shards, variants or an index."""
+    return _WEIGHTS.fullmatch(name) is not None
+
+
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 

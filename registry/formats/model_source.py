@@ -31,11 +31,14 @@ LIVE_NAMES = "live_names"
 """Role of the map among what is said of a version."""
 
 
-def read_model_folder(listing: FolderListing, *, attachment_limit: int | None = ATTACHMENT_LIMIT) -> Source | None:
+def read_model_folder(
+    listing: FolderListing, *, attachment_limit: int | None = ATTACHMENT_LIMIT, ask_live_names: bool = True
+) -> Source | None:
     """Opens a folder of transformers or diffusers.
 
     Args:
         attachment_limit: bytes of each file that is neither tensors nor a configuration; None: none of them is kept.
+        ask_live_names: False: without the map.
 
     Returns:
         None: it is no model folder.
@@ -55,7 +58,7 @@ def read_model_folder(listing: FolderListing, *, attachment_limit: int | None = 
     with ExitStack() as stack:
         files, about_files = _open_files(listing, plan, stack)
         about_shards = _check_indices(plan, documents, files)
-        names, about_names = _live_names(plan, documents, files)
+        names, about_names = _live_names(plan, documents, files) if ask_live_names else ({}, ())
         kept = [*(PlainFileInMemory(path, data) for path, data in documents.items()), *beside]
         is_adapted = any(
             is_adapter_tensor(name) for file in files.values() for named in file.entries.values() for name, _ in named

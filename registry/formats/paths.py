@@ -32,16 +32,25 @@ from registry.formats.tensor_files import open_tensor_file
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_TENSORS = "adapter_model.safetensors"
 ADAPTER_PICKLE = "adapter_model.bin"
+PICKLE_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 CONFIG_IN_HEADER = "adapter_config"
 """Where a safetensors file that a pull made keeps the adapter's configuration, in its `__metadata__`."""
 
 
-def read_path(path: Path, *, attachment_limit: int | None = ATTACHMENT_LIMIT) -> Source:
+def read_path(
+    path: Path,
+    *,
+    attachment_limit: int | None = ATTACHMENT_LIMIT,
+    without: frozenset[str] = frozenset(),
+    ask_live_names: bool = True,
+) -> Source:
     """Opens a PEFT folder, a folder that transformers or diffusers saved a model in, a safetensors file, or one of
     torch.save.
 
     Args:
         attachment_limit: bytes of each of a folder's other files, which are kept as they are; None: none is kept.
+        without: files and folders in a folder that are as if they were not there.
+        ask_live_names: False: without the map to a model folder's live names, for which a process is started.
 
     Raises:
         SourceNotFound, InvalidInput, InvalidConfig, MalformedTensors, StorageError (it cannot be read)
@@ -51,29 +60,33 @@ def read_path(path: Path, *, attachment_limit: int | None = ATTACHMENT_LIMIT) ->
     with source_errors(path):
         is_folder = stat.S_ISDIR(os.stat(path).st_mode)
     if is_folder:
-        return read_folder(path, attachment_limit=attachment_limit)
+        listing = list_folder(path, without)
+        return read_folder(listing, attachment_limit=attachment_limit, ask_live_names=ask_live_names)
     with open_regular(path) as file, source_errors(path):
         head = file.read(512)
     if path.suffix != ".safetensors" and is_pickle(head):
         return read_pickled_file(path)
     if path.suffix == ".safetensors" or head[8:9] == b"{":
         return read_safetensors_file(path)
+    if path.suffix in PICKLE_SUFFIXES:
+        return read_pickled_file(path)  # which knows what else is found under these names
     raise InvalidInput(
         f"{shown(str(path), 200)}: expected a PEFT or model folder, a .safetensors file, or one of torch.save "
         f"(.pth, .pt, .ckpt, .bin), found something else"
     )
 
 
-def read_folder(folder: Path, *, attachment_limit: int | None = ATTACHMENT_LIMIT) -> Source:
+def read_folder(
+    listing: FolderListing, *, attachment_limit: int | None = ATTACHMENT_LIMIT, ask_live_names: bool = True
+) -> Source:
     """Opens a PEFT folder or a model folder.
 
     Raises:
         InvalidInput: it is neither; and what the two raise.
     """
-    listing = list_folder(folder)
     source = None
     if ADAPTER_TENSORS not in listing.paths and ADAPTER_PICKLE not in listing.paths:
-        source = read_model_folder(listing, attachment_limit=attachment_limit)
+        source = read_model_folder(listing, attachment_limit=attachment_limit, ask_live_names=ask_live_names)
     return source or read_peft_folder(listing, attachment_limit=attachment_limit)
 
 

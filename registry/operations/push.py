@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -151,8 +151,20 @@ def check_request(
     )
 
 
-def push(context: Context, source: object, request: Request, how: Opening | None = None) -> PushResult:
-    """Pushes a source; see `Registry.push`."""
+def push(
+    context: Context,
+    source: object,
+    request: Request,
+    how: Opening | None = None,
+    *,
+    before_storing: Callable[[Description], None] | None = None,
+) -> PushResult:
+    """Pushes a source; see `Registry.push`.
+
+    Args:
+        before_storing: called when it is known what the version is, before anything is stored, and once more under the
+            lock of the name where it is not there yet; what it raises ends the push.
+    """
     context.require_writable()
     how = how or Opening()
     with open_source(source, kind=request.kind, how=how) as opened:
@@ -166,7 +178,7 @@ def push(context: Context, source: object, request: Request, how: Opening | None
         environment = opened.environment or capture().to_json()
         for attempt in range(ATTEMPTS):
             try:
-                result, events = _push_once(context, opened, kind, request, environment)
+                result, events = _push_once(context, opened, kind, request, environment, before_storing)
             except InUse:
                 if attempt == ATTEMPTS - 1:
                     raise
@@ -217,7 +229,12 @@ class _Known:
 
 
 def _push_once(
-    context: Context, source: Source, kind: str, request: Request, environment: Mapping[str, object]
+    context: Context,
+    source: Source,
+    kind: str,
+    request: Request,
+    environment: Mapping[str, object],
+    before_storing: Callable[[Description], None] | None,
 ) -> tuple[PushResult, list[Event]]:
     with context.reading() as connection:
         ancestry = _ancestry(connection, request)
@@ -235,6 +252,8 @@ def _push_once(
         if source.digest not in (None, described.manifest.digest):
             what = f"the {source.form} as a version of {request.namespace}/{request.name}"
             raise DigestMismatch(what, expected=str(source.digest), actual=described.manifest.digest)
+        if before_storing is not None:
+            before_storing(described)
         known = _known(context, request, described.manifest.digest)
         if known is None or known.state == "purged":
             stored = store_version(context, source, described, files, plain_files, batch, external=request.external)
@@ -260,6 +279,8 @@ def _push_once(
         version = version_by_digest(connection, name.id, described.manifest.digest)
         created = version is None
         if version is None:
+            if before_storing is not None:
+                before_storing(described)
             if stored is None:
                 raise InUse(f"{request.namespace}/{request.name} changed during the push; push again")
             new = _new_version(source, described, stored, ancestry, request, environment)
