@@ -256,6 +256,18 @@ class PlainFileOnDisk(PlainFile):
         return self._open.is_unchanged()
 
 
+class Described(NamedTuple):
+    """What was found out for one role of what is kept beside a version.
+
+    Attributes:
+        data: the blob's bytes; None: there is none.
+        notes: why not, or what the user should know of it.
+    """
+
+    data: bytes | None
+    notes: tuple[str, ...] = ()
+
+
 @dataclass
 class Source:
     """An artifact, open for reading; close it after the push.
@@ -268,7 +280,9 @@ class Source:
         data: state documents (core.state_document) by component, for those that hold more than tensors. A component
             without a tensor stands here alone.
         metadata: what the artifact says of itself and users ask for, such as its epoch.
-        described: what is kept beside the version, by role (`probe`, `live_names`): blobs that an event names.
+        described: what is kept beside the version, by role (`probe`, `history`): blobs that an event names.
+        described_later: the same for what takes seconds to find out (`live_names`): asked for by a push whose version
+            has none yet.
         origin: where it came from, plain data for the `pushed` event: `path`, `hub_id`, `revision`.
         notes: what the user should know, such as files that were left out.
         digest: of the manifest that must come of it, where the artifact was a version before.
@@ -286,6 +300,7 @@ class Source:
     data: Mapping[str, bytes] = field(default_factory=dict)
     metadata: Mapping[str, object] = field(default_factory=dict)
     described: Mapping[str, bytes] = field(default_factory=dict)
+    described_later: Mapping[str, Callable[[], Described]] = field(default_factory=dict)
     origin: Mapping[str, str] | None = None
     notes: tuple[str, ...] = ()
     digest: str | None = None

@@ -262,7 +262,14 @@ def _push_once(
             bytes_added = store_missing(context, files, filled, batch)
         if not source.is_unchanged():
             raise changed(f"the {source.form}")
-        for role, data in source.described.items():
+        found = dict(source.described)
+        for role, find_out in source.described_later.items():
+            if known is None or role not in known.described:
+                later = find_out()
+                notes += later.notes
+                if later.data is not None:
+                    found[role] = later.data
+        for role, data in found.items():
             there = None if known is None else known.described.get(role)
             if there is None:
                 put = batch.put([data])
