@@ -28,6 +28,7 @@ RUN = Path("journal/walk/run/1.json")
 FAR = Path("journal/walk/far/1.json")
 APART = Path("journal/walk/far/2.json")
 PERTURB = Path("journal/walk/perturb")
+PURGED = Path("journal/walk/gone/3.json")
 
 
 def write(path: Path, data: bytes) -> None:

@@ -212,6 +212,7 @@ def fill(registry: Ticking, work: Path, clock: Clock) -> None:
         tags=["lora"],
     )
     push_other_forms(registry, work)
+    take_away(registry, work)
 
 
 def push_other_forms(registry: Ticking, work: Path) -> None:
@@ -238,6 +239,18 @@ def push_other_forms(registry: Ticking, work: Path) -> None:
     near.write_bytes(safetensors_file([("near.weight", "F32", [4], nan(floats("near", 4)))]))
     external(near, "walk/near")
     registry.push(near, "walk/near")
+
+
+def take_away(registry: Ticking, work: Path) -> None:
+    """Versions that are removed, restored and purged."""
+    for seed in ("kept", "purged", "removed"):
+        path = work / f"{seed}.safetensors"
+        path.write_bytes(safetensors_file([("weight", "F32", [4, 4], floats(seed, 16))]))
+        registry.push(path, "walk/gone", tags=[seed])
+    registry.remove("walk/gone@1", "walk/gone@2", why="by mistake")
+    registry.restore("walk/gone@1", why="it was none")
+    registry.gc(grace=timedelta(0))
+    registry.remove("walk/gone@3")
 
 
 def make_store(folder: Path) -> dict[str, Any]:
