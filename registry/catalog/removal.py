@@ -145,7 +145,8 @@ def _refuse_needed(connection: Connection, key: VersionKey, reference: str) -> N
     if not count:
         return
     first = connection.scalars(children.order_by(lineage.c.child_id).limit(NAMED)).all()
-    named = ", ".join(references(connection, first).values())
+    names = references(connection, first)
+    named = ", ".join(names[one] for one in first)
     more = f" and {count - NAMED} more" if count > NAMED else ""
     raise InUse(f"{reference} is the base or a parent of {named}{more}; remove what came from it first")
 
@@ -227,16 +228,6 @@ def removed_versions(connection: Connection) -> list[Removed]:
     return [Removed(*row) for row in rows]
 
 
-def still_removed(connection: Connection, version_ids: Sequence[int], before: datetime) -> list[VersionKey]:
-    """Those of a batch of versions that are removed since before a moment, by number."""
-    rows = connection.execute(
-        select(version.c.id, version.c.artifact_id, version.c.number, version.c.manifest_digest)
-        .where(version.c.id.in_(version_ids), version.c.id.in_(ids_removed_before(before)))
-        .order_by(version.c.number)
-    )
-    return [VersionKey(*row) for row in rows]
-
-
 def ids_removed_before(moment: datetime) -> Select[int]:
     """Row ids of versions that are removed since this moment or longer."""
     return (
@@ -246,6 +237,17 @@ def ids_removed_before(moment: datetime) -> Select[int]:
         .group_by(version.c.id)
         .having(func.max(event.c.at) <= moment)
     )
+
+
+def still_removed(connection: Connection, version_ids: Sequence[int], before: datetime) -> list[VersionKey]:
+    """Those of a batch of versions that are removed since before a moment, by number."""
+    ids = connection.scalars(ids_removed_before(before).where(version.c.id.in_(version_ids))).all()
+    rows = connection.execute(
+        select(version.c.id, version.c.artifact_id, version.c.number, version.c.manifest_digest)
+        .where(version.c.id.in_(ids))
+        .order_by(version.c.number)
+    )
+    return [VersionKey(*row) for row in rows]
 
 
 def needs_of(connection: Connection, version_ids: Sequence[int]) -> list[Need]:

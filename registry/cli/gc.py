@@ -27,7 +27,7 @@ NAMED = 3
 def _duration(ctx: click.Context, parameter: click.Parameter, value: str | None) -> timedelta | None:
     if value is None:
         return None
-    match = re.fullmatch(r"([0-9]{1,9})([smhdw])", value)
+    match = re.fullmatch(r"([0-9]{1,6})([smhdw])", value)
     if match is None:
         raise click.BadParameter(f"expected a number with s, m, h, d or w, as 12h; found {value!r}", ctx, parameter)
     return timedelta(**{UNITS[match[2]]: int(match[1])})

@@ -46,7 +46,7 @@ def rm_command(options: Options, refs: tuple[str, ...], why: str | None) -> None
     name="restore",
     cls=Command,
     short_help="Bring removed versions back.",
-    examples=["registry rm walk/perturb@3", "registry restore walk/perturb@3"],
+    examples=["registry restore walk/perturb@3"],
 )
 @click.argument("refs", nargs=-1, required=True, metavar="REF...")
 @click.option("-m", "--why", metavar="WHY", help="Why; kept in the history.")
