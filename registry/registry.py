@@ -14,10 +14,10 @@ from registry.core.event import Event
 from registry.core.findings import Finding
 from registry.core.reference import parse_artifact
 from registry.operations import annotate, discover, inspect, tagging
-from registry.operations.context import Context
 from registry.operations.discover import Location
 from registry.operations.inspect import Details, Lineage
 from registry.operations.version import Version, as_version
+from registry.upkeep import Upkeep
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class Registry:
+class Registry(Upkeep):
     """A registry of LoRA adapters and checkpoints.
 
     Open it with `Registry.open`. One object may be used from several threads and in forked workers.
@@ -58,9 +58,6 @@ class Registry:
         >>> pushed = registry.push(lora_model, "walk/perturb", base="walk/base", tags=["prod"])
         >>> registry.load("walk/perturb:prod", another_model)
     """
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
 
     @classmethod
     def open(cls, url: str | os.PathLike[str] | None = None) -> Registry:

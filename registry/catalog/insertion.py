@@ -17,6 +17,7 @@ from registry.catalog.blobs import NewBlob, register_blobs, register_layouts
 from registry.catalog.conditions import version_order
 from registry.catalog.lineage import add_edges, references
 from registry.catalog.names import LockedName
+from registry.catalog.removal import hold_present
 from registry.catalog.rows import batches, ids_by_digest, insert_missing
 from registry.catalog.versions import VersionKey
 from registry.core.adapter_config import adapter_config
@@ -68,6 +69,7 @@ def insert_version(name: LockedName, new: NewVersion) -> VersionKey:
 
     Raises:
         InUse: gc is deleting one of its blobs.
+        VersionNotFound: its base or a parent was removed meanwhile.
         LineageCycle
     """
     connection = name.connection
@@ -76,6 +78,7 @@ def insert_version(name: LockedName, new: NewVersion) -> VersionKey:
     layout_ids = register_layouts(connection, _layouts(new))
     config_id = _register_config(connection, new)
     blob_ids = register_blobs(connection, new.blobs, layout_ids, at)
+    hold_present(connection, [parent_id for _, parent_id, _ in new.parents] + ([new.base_id] if new.base_id else []))
     number = name.next_number()
     main = next((role for role in MAIN_ROLES if role in new.layouts), None)
     row_id = connection.execute(

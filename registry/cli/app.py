@@ -31,6 +31,9 @@ COMMANDS = {
     "log": "registry.cli.log",
     "diff": "registry.cli.diff",
     "annotate": "registry.cli.annotate",
+    "rm": "registry.cli.removal",
+    "restore": "registry.cli.removal",
+    "gc": "registry.cli.gc",
     "upgrade": "registry.cli.places",
 }
 """Module by command; in it, the command's name with `_command` behind it."""

@@ -146,7 +146,9 @@ def history_document(events: Iterable[Event]) -> dict[str, Any]:
         elif event.tag is not None:
             history["tags"].append(tag_event_document(event))
         elif event.kind != "pushed":
-            history["notes"].append({**said, "kind": event.kind, "text": event.payload.get("text")})
+            history["notes"].append(
+                {**said, "kind": event.kind, "text": event.payload.get("text", event.payload.get("why"))}
+            )
     return history
 
 
@@ -186,6 +188,7 @@ def lineage_document(lineage: Lineage) -> dict[str, Any]:
         "reference": lineage.names[lineage.id],
         "ancestors": edges(lineage.ancestors),
         "descendants": edges(lineage.descendants),
+        "removed": [lineage.names[one] for one in sorted(lineage.removed)],
     }
 
 
