@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from registry.core.errors import RegistryError as RegistryError
     from registry.core.errors import StorageError as StorageError
     from registry.registry import Difference as Difference
+    from registry.registry import Proof as Proof
     from registry.registry import PullResult as PullResult
     from registry.registry import PushResult as PushResult
     from registry.registry import Registry as Registry
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "registry.registry": ("Difference", "PullResult", "PushResult", "Registry", "Version"),
+    "registry.registry": ("Difference", "Proof", "PullResult", "PushResult", "Registry", "Version"),
     "registry.core.errors": (
         "Conflict",
         "Corrupt",

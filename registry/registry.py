@@ -23,11 +23,24 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from registry.formats.probing import Wanted
+    from registry.formats.proof import Proof
     from registry.operations.difference import Difference
     from registry.operations.pull import PullResult
     from registry.operations.push import PushResult
 
-__all__ = ["Details", "Difference", "Event", "Finding", "Lineage", "PullResult", "PushResult", "Registry", "Version"]
+__all__ = [
+    "Details",
+    "Difference",
+    "Event",
+    "Finding",
+    "Lineage",
+    "Proof",
+    "PullResult",
+    "PushResult",
+    "Registry",
+    "Version",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -40,6 +53,10 @@ def __getattr__(name: str) -> Any:
         from registry.operations.pull import PullResult
 
         return PullResult
+    if name == "Proof":
+        from registry.formats.proof import Proof
+
+        return Proof
     if name == "Difference":
         from registry.operations.difference import Difference
 
@@ -132,12 +149,15 @@ class Registry(Upkeep):
         parents: Sequence[tuple[str, str, float | None]] = (),
         adapter_name: str | None = None,
         external: bool = False,
+        attachments: bool = True,
+        attachment_limit: int | None = None,
+        probe: Wanted = True,
     ) -> PushResult:
         """Pushes an artifact as a new version; the very same thing again is a no-op that says so.
 
         Args:
-            source: a PEFT folder, a `.safetensors` file, a PeftModel (or a module that holds exactly
-                one), any other module, or a state dict.
+            source: a PEFT folder, a folder that transformers or diffusers saved a model in, a `.safetensors` file, a
+                PeftModel (or a module that holds exactly one), any other module, or a state dict.
             name: `namespace/name`, or `namespace/name:tag` to move a tag as well.
             base: reference of the base version that it was trained on.
             tags: tags to move to the version.
@@ -154,12 +174,18 @@ class Registry(Upkeep):
             adapter_name: which adapter of a live model; its active one by default.
             external: record layout, tensor digests and where it came from, and store none of its tensors: for bases of
                 many gigabytes. It can be checked against, not pulled or loaded.
+            attachments: whether a folder's other files (tokenizer, README, ...) are kept with the version.
+            attachment_limit: bytes of one of them; None: 256 MiB. A larger one is refused.
+            probe: inputs of the behaviour probe that is kept of a live model: a tensor, a tuple of positional arguments
+                (one dict as the argument is `({"obs": obs},)`), or a dict of keyword arguments. True makes some where
+                it is clear what the model takes, and a note says where it is not; False keeps no probe.
 
         Returns:
             What was stored, with the findings about the artifact.
 
         Raises:
             InvalidReference, InvalidInput, MalformedTensors, UnsupportedTensor: nothing is stored.
+            ForwardFailed: the model does not take the inputs in `probe`; nothing is stored.
             NotFound: the source, the base or a parent is not there.
             TagProtected: nothing is stored.
             ReadOnly, NoSpace: nothing is visible.
@@ -179,7 +205,8 @@ class Registry(Upkeep):
             parents=edges,
             external=external,
         )
-        return push.push(self._context, source, request, adapter_name=adapter_name)
+        how = push.Opening(adapter_name, attachments, attachment_limit, probe)
+        return push.push(self._context, source, request, how)
 
     def resolve(self, reference: str) -> str:
         """The pinned form, `namespace/name@number`, of any reference.
@@ -273,6 +300,7 @@ class Registry(Upkeep):
         component: str | None = None,
         adapter_name: str | None = None,
         strict: bool = True,
+        prove: bool = False,
     ) -> nn.Module: ...
 
     def load(
@@ -283,6 +311,7 @@ class Registry(Upkeep):
         component: str | None = None,
         adapter_name: str | None = None,
         strict: bool = True,
+        prove: bool = False,
     ) -> Any:
         """Loads a version into a model, or gives its state dict.
 
@@ -296,6 +325,7 @@ class Registry(Upkeep):
             component: another state dict of the version than its main one.
             adapter_name: which adapter of the model, or the name of the one that is made.
             strict: False warns of missing, unexpected and misshapen tensors, and loads the rest.
+            prove: run the version's behaviour probe on the loaded model. `Registry.prove` gives the numbers.
 
         Returns:
             The model, which is a new PeftModel where a plain base was wrapped; without a model,
@@ -303,12 +333,37 @@ class Registry(Upkeep):
             optimizer, comes as the state dict that was saved.
 
         Raises:
-            Incompatible: all differences are in its `findings`.
+            Incompatible: all differences are in its `findings`. Only where `prove` finds another function was the
+                model changed.
+            NotFound: there is no probe to prove it with; the model is unchanged.
             DigestMismatch, BlobNotFound: the store is damaged.
         """
         from registry.operations.load import load
 
-        return load(self._context, reference, model, component=component, adapter_name=adapter_name, strict=strict)
+        return load(
+            self._context,
+            reference,
+            model,
+            component=component,
+            adapter_name=adapter_name,
+            strict=strict,
+            prove=prove,
+        )
+
+    def prove(self, reference: str, model: nn.Module) -> Proof:
+        """Runs a version's behaviour probe on a model, which is left as it was.
+
+        Returns:
+            The differences of its outputs to the recorded ones; true where it is the same function.
+
+        Raises:
+            NotFound: the version has no probe.
+            Incompatible: the model does not take the probe's inputs, or returns something of another structure.
+            InvalidInput: the model cannot be called without harm.
+        """
+        from registry.operations.proving import prove
+
+        return prove(self._context, reference, model)
 
     def diff(self, a: str, b: str, *, weights: bool = True) -> Difference:
         """What is different between two versions, of one name or of two, and of any kinds.

@@ -23,7 +23,7 @@ from registry.cli.output import YELLOW, emit, emit_json, human_size, message, re
 @click.command(
     name="push",
     cls=Command,
-    short_help="Push a PEFT folder or a .safetensors file as a new version.",
+    short_help="Push a PEFT or model folder or a .safetensors file as a new version.",
     examples=[
         "registry push base.safetensors walk/base:v1",
         "registry push out/ walk/perturb --base walk/base:v1 --tag prod \\",
@@ -49,6 +49,17 @@ from registry.cli.output import YELLOW, emit, emit_json, human_size, message, re
     help="Record layout, tensor digests and place, store no tensors: for bases of many gigabytes. It can be checked "
     "against, not pulled.",
 )
+@click.option(
+    "--attachments/--no-attachments",
+    default=True,
+    help="Keep a folder's other files (tokenizer, README). [default: on]",
+)
+@click.option(
+    "--attachment-limit",
+    metavar="MIB",
+    type=click.IntRange(min=0),
+    help="Largest of these files, in MiB. [default: 256]",
+)
 @common_options
 @click.pass_obj
 def push_command(
@@ -60,12 +71,14 @@ def push_command(
     metrics: dict[str, str],
     step: int | None,
     text: str | None,
+    attachment_limit: int | None,
     **keywords: Any,
 ) -> None:
     """Push SOURCE as a new version of REF, namespace/name or namespace/name:tag.
 
-    SOURCE is a PEFT folder (adapter_config.json and adapter_model.safetensors) or a .safetensors file. The very same
-    thing again makes no new version: its tags and metadata are added to the one that is there.
+    SOURCE is a PEFT folder (adapter_config.json and adapter_model.safetensors), a folder that transformers or
+    diffusers saved a model in, or a .safetensors file. The very same thing again makes no new version: its tags and
+    metadata are added to the one that is there.
     """
     check_step(step, metrics)
     noted, measured = metadata_values(metadata), metric_values(metrics)
@@ -77,6 +90,7 @@ def push_command(
             metrics=measured,
             step=step,
             message=text,
+            attachment_limit=None if attachment_limit is None else attachment_limit << 20,
             **keywords,
         )
     if options.json:

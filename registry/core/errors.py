@@ -59,6 +59,14 @@ class ShapeMismatch(InvalidInput):
     """Two tensors whose shapes had to agree and do not."""
 
 
+class ForwardFailed(InvalidInput):
+    """A model's own code raised when it was called with a probe's inputs."""
+
+
+class ModelChanged(InvalidInput):
+    """Calling a model changed its weights, so that it is not what it was."""
+
+
 class NotFound(RegistryError, LookupError):
     """Something that was asked for by name is not there."""
 

@@ -218,3 +218,8 @@ def check_file_path(path: str) -> str:
     ):
         raise InvalidManifest(f"file path {path!r} is not a plain relative path"[:200])
     return path
+
+
+def is_role(text: str) -> bool:
+    """Whether a component may be called so."""
+    return _ROLE.fullmatch(text) is not None

@@ -1,29 +1,33 @@
-"""Readers of what lies on disk: a PEFT folder, a safetensors file. Neither torch nor peft is imported."""
+"""Readers of what lies on disk: a PEFT folder, a model folder, a safetensors file, a file of torch.save. Neither
+torch nor peft is imported."""
 
 from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
 
 from registry.core.adapter_config import AdapterConfig, read_adapter_config
-from registry.core.errors import InvalidConfig, InvalidInput, MalformedTensors
+from registry.core.errors import InvalidConfig, InvalidInput
 from registry.core.manifest import check_file_path
 from registry.core.reference import shown
+from registry.formats.attachments import ATTACHMENT_LIMIT, FolderListing, attachments, list_folder
 from registry.formats.kinds import kind_of
-from registry.formats.payloads import read_pickled_file, state_dict_file
+from registry.formats.model_source import read_model_folder
+from registry.formats.payloads import read_pickled_file
 from registry.formats.pickles import is_pickle
 from registry.formats.source import (
     PlainFileInMemory,
     Source,
-    TensorFile,
     TensorFileOnDisk,
     open_regular,
+    open_tensors,
     read_small,
     source_errors,
 )
+from registry.formats.tensor_files import open_tensor_file
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_TENSORS = "adapter_model.safetensors"
@@ -32,8 +36,12 @@ CONFIG_IN_HEADER = "adapter_config"
 """Where a safetensors file that a pull made keeps the adapter's configuration, in its `__metadata__`."""
 
 
-def read_path(path: Path) -> Source:
-    """Opens a PEFT folder or a safetensors file.
+def read_path(path: Path, *, attachment_limit: int | None = ATTACHMENT_LIMIT) -> Source:
+    """Opens a PEFT folder, a folder that transformers or diffusers saved a model in, a safetensors file, or one of
+    torch.save.
+
+    Args:
+        attachment_limit: bytes of each of a folder's other files, which are kept as they are; None: none is kept.
 
     Raises:
         SourceNotFound, InvalidInput, InvalidConfig, MalformedTensors, StorageError (it cannot be read)
@@ -43,7 +51,7 @@ def read_path(path: Path) -> Source:
     with source_errors(path):
         is_folder = stat.S_ISDIR(os.stat(path).st_mode)
     if is_folder:
-        return read_peft_folder(path)
+        return read_folder(path, attachment_limit=attachment_limit)
     with open_regular(path) as file, source_errors(path):
         head = file.read(512)
     if path.suffix != ".safetensors" and is_pickle(head):
@@ -56,48 +64,59 @@ def read_path(path: Path) -> Source:
     )
 
 
-def read_peft_folder(folder: Path) -> Source:
-    """Opens a folder with `adapter_config.json` and `adapter_model.safetensors`.
+def read_folder(folder: Path, *, attachment_limit: int | None = ATTACHMENT_LIMIT) -> Source:
+    """Opens a PEFT folder or a model folder.
 
     Raises:
-        InvalidInput: the folder is not of this form; InvalidConfig: no config, or one that cannot be read.
+        InvalidInput: it is neither; and what the two raise.
     """
-    with source_errors(folder):
-        names = sorted(os.listdir(folder))
-    tensors_name = next((name for name in (ADAPTER_TENSORS, ADAPTER_PICKLE) if name in names), None)
+    listing = list_folder(folder)
+    source = None
+    if ADAPTER_TENSORS not in listing.paths and ADAPTER_PICKLE not in listing.paths:
+        source = read_model_folder(listing, attachment_limit=attachment_limit)
+    return source or read_peft_folder(listing, attachment_limit=attachment_limit)
+
+
+def read_peft_folder(listing: FolderListing, *, attachment_limit: int | None) -> Source:
+    """Opens a folder with `adapter_config.json` and `adapter_model.safetensors` or `adapter_model.bin`.
+
+    Raises:
+        InvalidInput: the folder is not of this form, or an attachment is refused; InvalidConfig: no config, or one
+            that cannot be read.
+    """
+    folder = listing.folder
+    tensors_name = next((name for name in (ADAPTER_TENSORS, ADAPTER_PICKLE) if name in listing.paths), None)
     if tensors_name is None:
-        raise InvalidInput(f"{shown(str(folder), 200)} is no PEFT folder: {_why_no_adapter(names)}")
-    if ADAPTER_CONFIG not in names:
+        raise InvalidInput(
+            f"{shown(str(folder), 200)} is no PEFT folder and no model folder: {_why_no_adapter(listing.paths)}"
+        )
+    if ADAPTER_CONFIG not in listing.paths:
         raise InvalidConfig(
             f"{shown(str(folder), 200)} has {tensors_name} but no {ADAPTER_CONFIG}: without it nobody knows "
             f"lora_alpha; save it again with save_pretrained, or push the file alone"
         )
     config_bytes = read_small(folder / ADAPTER_CONFIG)
     config = read_adapter_config(config_bytes, shown(str(folder / ADAPTER_CONFIG), 200))
+    others = [path for path in (ADAPTER_PICKLE,) if path in listing.paths and path != tensors_name]
+    beside, notes = attachments(
+        listing, (ADAPTER_CONFIG, tensors_name), same_in_another_form=others, limit=attachment_limit
+    )
     with ExitStack() as stack:
-        path = folder / tensors_name
-        file = stack.enter_context(open_regular(path))
-        tensors: TensorFile
-        about: tuple[str, ...] = ()
-        if tensors_name == ADAPTER_TENSORS:
-            tensors = _tensor_file(path, tensors_name, "adapter", file)
-        else:
-            tensors, about = state_dict_file(path, tensors_name, "adapter", file)
-        left_out = [shown(name) for name in names if name not in (ADAPTER_CONFIG, tensors_name)]
-        unkept = (f"left out (other files are not kept yet): {', '.join(left_out)}",) if left_out else ()
+        tensors, about = open_tensor_file(folder / tensors_name, tensors_name, "adapter", stack)
         return Source(
             form="PEFT folder",
             kind="adapter",
             tensor_files=(tensors,),
-            plain_files=(PlainFileInMemory(ADAPTER_CONFIG, config_bytes),),
+            plain_files=(PlainFileInMemory(ADAPTER_CONFIG, config_bytes), *beside),
             config=config,
             peft_version=config.peft_version,
-            notes=(*about, *unkept),
+            notes=(*about, *notes),
+            is_unchanged=listing.is_unchanged,
             resources=stack.pop_all(),
         )
 
 
-def _why_no_adapter(names: list[str]) -> str:
+def _why_no_adapter(names: Collection[str]) -> str:
     if any(name.endswith(".safetensors") for name in names):
         return f"it has no {ADAPTER_TENSORS}; push one of its .safetensors files by its own path"
     return f"it has no {ADAPTER_TENSORS}"
@@ -111,8 +130,7 @@ def read_safetensors_file(path: Path) -> Source:
     """
     name = check_file_path(path.name)
     with ExitStack() as stack:
-        file = stack.enter_context(open_regular(path))
-        tensors = _tensor_file(path, name, "", file)
+        tensors = open_tensors(path, name, "", stack)
         kind = kind_of(tensors.layout)
         tensors.rename_component("", "adapter" if kind == "adapter" else "model")
         notes: tuple[str, ...] = ()
@@ -144,11 +162,3 @@ def _header_config(tensors: TensorFileOnDisk, what: str) -> AdapterConfig | None
     """
     text = tensors.header.metadata.get(CONFIG_IN_HEADER)
     return None if text is None else read_adapter_config(text.encode("utf-8"), f"{what}, {CONFIG_IN_HEADER}")
-
-
-def _tensor_file(path: Path, name: str, role: str, file: BinaryIO) -> TensorFileOnDisk:
-    with source_errors(path):
-        tensors = TensorFileOnDisk(name, role, file, what=shown(str(path), 200))
-    if not tensors.layout.tensors:
-        raise MalformedTensors(f"{shown(str(path), 200)} holds no tensors; there is nothing to keep")
-    return tensors

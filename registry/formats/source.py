@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from registry.core.adapter_config import AdapterConfig
-from registry.core.errors import InvalidInput, RegistryError, SourceNotFound, StorageError
+from registry.core.errors import InvalidInput, MalformedTensors, RegistryError, SourceNotFound, StorageError
 from registry.core.layout import Layout
 from registry.core.reference import shown
 from registry.core.safetensors_header import Header, build_header, read_header
@@ -301,6 +301,24 @@ def open_regular(path: Path) -> BinaryIO:
             kind = "a folder" if path.is_dir() else "not a regular file"
             raise InvalidInput(f"{shown(str(path), 200)} is {kind}; expected a file")
         return path.open("rb")
+
+
+def open_tensors(path: Path, name: str, role: str, resources: ExitStack) -> TensorFileOnDisk:
+    """Opens a safetensors file.
+
+    Args:
+        name: where it stands in the version.
+        resources: closes it.
+
+    Raises:
+        MalformedTensors: also for a file without a tensor; and what `open_regular` raises.
+    """
+    file = resources.enter_context(open_regular(path))
+    with source_errors(path):
+        tensors = TensorFileOnDisk(name, role, file, what=shown(str(path), 200))
+    if not tensors.layout.tensors:
+        raise MalformedTensors(f"{shown(str(path), 200)} holds no tensors; there is nothing to keep")
+    return tensors
 
 
 def read_small(path: Path, limit: int = 16 << 20) -> bytes:

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from registry.core.errors import InvalidInput
+from registry.core.reference import shown
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -32,6 +33,22 @@ def refuse_merged(module: nn.Module) -> None:
                 f"the adapter is merged into its base (at {path}): call unmerge_adapter() first, "
                 "or push merge_and_unload()'s result as a model of its own"
             )
+
+
+def refuse_inactive(module: nn.Module, adapter: str) -> None:
+    """
+    Raises:
+        InvalidInput: the module would compute something else than this adapter alone.
+    """
+    layers = tuner_layers(module)
+    off = next((path for layer, path in layers.items() if layer.disable_adapters or layer.merged), None)
+    if off is not None:
+        raise InvalidInput(f"adapter layers are disabled or merged (at {shown(off)})")
+    active = {name for layer in layers for name in layer.active_adapters}
+    if active - {adapter}:
+        raise InvalidInput(
+            f"the active adapters are {shown(', '.join(sorted(active)))}, not {shown(adapter)} alone; use set_adapter()"
+        )
 
 
 def refuse_disabled(module: nn.Module, what: str) -> None:

@@ -12,9 +12,9 @@ from registry.catalog.contents import Contents, StoredComponent, read_contents
 from registry.catalog.versions import VersionRecord, records, resolve
 from registry.core.adapter_config import AdapterConfig, read_adapter_config
 from registry.core.digest import tensor_hasher
-from registry.core.errors import Corrupt, DigestMismatch, NotFound, UnsupportedTensor
+from registry.core.errors import Corrupt, DigestMismatch, InvalidInput, NotFound, UnsupportedTensor
 from registry.core.layout import Layout
-from registry.core.reference import parse_reference
+from registry.core.reference import parse_reference, shown
 from registry.core.state_document import read_state
 from registry.formats.paths import ADAPTER_CONFIG
 from registry.operations.context import Context
@@ -46,8 +46,11 @@ def load(
     component: str | None = None,
     adapter_name: str | None = None,
     strict: bool = True,
+    prove: bool = False,
 ) -> Any:
     """Loads a version; see `Registry.load`."""
+    if prove:
+        return _load_and_prove(context, reference, model, component, adapter_name, strict)
     loaded = _read(context, reference, component)
     if model is None:
         tensors = _unshared(loaded.tensors)
@@ -68,6 +71,33 @@ def load(
     what = loaded.record.reference
     copy_into(model, model.state_dict(), loaded.tensors, strict=strict, what=what, findings=findings)
     return model
+
+
+def _load_and_prove(
+    context: Context,
+    reference: str,
+    model: nn.Module | None,
+    component: str | None,
+    adapter_name: str | None,
+    strict: bool,
+) -> nn.Module:
+    if model is None:
+        raise InvalidInput("prove=True runs a model; give one to load into")
+    if component is not None and component not in MAIN_COMPONENTS:
+        raise InvalidInput(f"a probe is of a version's own function, not of its component {shown(component)}")
+    from registry.formats.live import find_adapted
+    from registry.formats.proof import prove
+    from registry.formats.tuner_layers import refuse_inactive
+    from registry.operations.proving import read_version_probe
+
+    # All that can be refused is refused before the model is changed.
+    pinned, probe = read_version_probe(context, reference)
+    holder = find_adapted(model)
+    if holder is not None and adapter_name is not None:
+        refuse_inactive(holder, adapter_name)
+    loaded: nn.Module = load(context, pinned, model, component=component, adapter_name=adapter_name, strict=strict)
+    prove(loaded, probe, pinned).require(f"{pinned} was loaded")
+    return loaded
 
 
 def _read(context: Context, reference: str, component: str | None) -> _Loaded:

@@ -28,9 +28,9 @@ from registry.formats.live import (
     tensor_spec,
 )
 from registry.formats.live_scaling import scaling_findings
+from registry.formats.module_state import ModuleState
 from registry.formats.tuner_layers import refuse_disabled, refuse_merged
 from registry.operations.copying import copy_into, differences, memory, memory_of, same_values, settle
-from registry.operations.module_state import ModuleState
 
 if TYPE_CHECKING:
     import torch

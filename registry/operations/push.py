@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import Connection
 
@@ -33,6 +34,7 @@ from registry.formats.source import Source
 from registry.operations.context import Context, actor, now
 from registry.operations.describing import Description, describe
 from registry.operations.environment import Environment, capture
+from registry.operations.proving import add_probe, refuse_inputs
 from registry.operations.writing import (
     StoredVersion,
     changed,
@@ -147,23 +149,46 @@ def check_request(
     )
 
 
-def open_source(source: object, *, kind: str | None, adapter_name: str | None) -> Source:
+@dataclass(frozen=True)
+class Opening:
+    """How a source is opened.
+
+    Attributes:
+        adapter_name: which adapter of a live model; its active one by default.
+        attachments: whether a folder's other files are kept.
+        attachment_limit: bytes of one of them; None: the default.
+        probe: whether and with what a live model is probed; see `Registry.push`.
+    """
+
+    adapter_name: str | None = None
+    attachments: bool = True
+    attachment_limit: int | None = None
+    probe: Any = True
+
+
+def open_source(source: object, *, kind: str | None, how: Opening) -> Source:
     """Opens whatever was given to a push; a source that is open already is taken as it is."""
     if isinstance(source, Source):
+        refuse_inputs(how.probe, source.form)
         return source
     if isinstance(source, str | os.PathLike):
+        from registry.formats.attachments import ATTACHMENT_LIMIT
         from registry.formats.paths import read_path
 
-        return read_path(Path(source))
+        refuse_inputs(how.probe, "file or folder")
+        limit = ATTACHMENT_LIMIT if how.attachment_limit is None else how.attachment_limit
+        return read_path(Path(source), attachment_limit=limit if how.attachments else None)
     from registry.formats.live import read_live
 
-    return read_live(source, kind=kind, adapter_name=adapter_name)
+    opened = read_live(source, kind=kind, adapter_name=how.adapter_name)
+    add_probe(opened, source, how.probe, how.adapter_name)
+    return opened
 
 
-def push(context: Context, source: object, request: Request, *, adapter_name: str | None = None) -> PushResult:
+def push(context: Context, source: object, request: Request, how: Opening | None = None) -> PushResult:
     """Pushes a source; see `Registry.push`."""
     context.require_writable()
-    with open_source(source, kind=request.kind, adapter_name=adapter_name) as opened:
+    with open_source(source, kind=request.kind, how=how or Opening()) as opened:
         kind = request.kind or opened.kind
         if request.external and kind == "adapter":
             raise InvalidInput(f"the {opened.form} is an adapter; only bases and checkpoints are recorded as external")
@@ -247,6 +272,9 @@ def _push_once(
             if known is None or role not in known.described:
                 put = batch.put([data])
                 descriptions[role] = blobs.NewBlob(put.digest, put.size)
+                bytes_added += put.size if put.created else 0
+        if stored is not None:
+            stored = replace(stored, bytes_new=stored.bytes_new + bytes_added)
         if known is None or filled or descriptions:  # else the batch is dropped as it is
             batch.commit()
     with context.writing() as connection:

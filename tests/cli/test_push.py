@@ -80,14 +80,26 @@ def test_findings_and_notes_go_to_standard_error_one_line_each(run: Run, here: P
     folder = here / "nan"
     shutil.copytree(artifacts / "nan", folder)
     (folder / "README.md").write_text("a model card")
-    ran = run("push", folder, "walk/nan")
+    ran = run("push", folder, "walk/nan", "--no-attachments")
     assert ran.code == 0
     finding, note = ran.err.splitlines()
     assert finding.startswith("C17 error: base_model.model.q_proj.lora_A.weight: the tensor holds NaN or Inf")
-    assert note.startswith("note: left out")
-    document = run("push", folder, "walk/nan", "--json").json
+    assert note == "note: left out (no attachments): README.md"
+    document = run("push", folder, "walk/nan", "--no-attachments", "--json").json
     assert [finding["code"] for finding in document["findings"]] == ["C17"]
     assert len(document["notes"]) == 1
+
+
+def test_other_files_of_a_folder_are_attachments(run: Run, here: Path, artifacts: Path) -> None:
+    folder = here / "first"
+    shutil.copytree(artifacts / "first", folder)
+    (folder / "data.bin").write_bytes(bytes(3 << 20))
+    refused = run("push", folder, "walk/data", "--attachment-limit", "2")
+    assert refused.code == 3
+    assert f"{folder / 'data.bin'} has 3145728 bytes; an attachment has 2097152 at most" in refused.err
+    assert run("push", folder, "walk/data", "--attachment-limit", "3").code == 0
+    run("pull", "walk/data", "again")
+    assert (here / "again" / "data.bin").read_bytes() == bytes(3 << 20)
 
 
 @pytest.mark.parametrize(

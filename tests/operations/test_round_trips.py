@@ -224,12 +224,19 @@ def test_a_live_push_remembers_its_peft_beside_the_content(registry: Registry, t
     assert with_version == native | {"peft_version": peft.__version__}
 
 
-def test_other_files_of_a_folder_are_named_as_left_out(registry: Registry, tmp_path: Path) -> None:
+def test_other_files_of_a_folder_come_back(registry: Registry, tmp_path: Path) -> None:
     lora().save_pretrained(tmp_path / "saved")
     (tmp_path / "saved" / "training_args.bin").write_bytes(b"pickle")
+    (tmp_path / "saved" / "adapter_model.bin").write_bytes(b"pickle")
     pushed = registry.push(tmp_path / "saved", "walk/perturb")
-    assert pushed.notes == ("left out (other files are not kept yet): README.md, training_args.bin",)
-    assert [file.path for file in registry.show("walk/perturb").contents.files] == [
+    assert pushed.notes == ("left out (the same weights in another form): adapter_model.bin",)
+    registry.pull("walk/perturb", tmp_path / "again")
+    (tmp_path / "saved" / "adapter_model.bin").unlink()
+    for path in (tmp_path / "saved").iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+    without = registry.push(tmp_path / "saved", "walk/bare", attachments=False)
+    assert without.notes == ("left out (no attachments): README.md, training_args.bin",)
+    assert [file.path for file in registry.show("walk/bare").contents.files] == [
         "adapter_config.json",
         "adapter_model.safetensors",
     ]

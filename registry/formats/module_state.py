@@ -52,7 +52,9 @@ class ModuleState:
                 tensor.requires_grad_(requires_grad)
         with torch.no_grad():
             for tensor, value in self._values:
-                tensor.copy_(value)
+                # Only what differs: a copy makes every graph useless that still needs the tensor for its backward pass.
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
 
 
 def _content(value: Any) -> dict[Any, Any] | list[Any] | set[Any] | None:
