@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sqlalchemy import Connection, func, insert, select
 
-from registry.catalog.engine import create_sqlite, open_database
+from registry.catalog.engine import Database, create_sqlite, open_database
 from registry.catalog.schema import revision, upgrade
 from registry.catalog.tables import registry_meta
 from registry.core.errors import (
@@ -344,3 +344,47 @@ def upgrade_registry(location: Location) -> tuple[str | None, str | None]:
             return before, revision(connection)
     finally:
         database.close()
+
+
+@dataclass(frozen=True)
+class Unchanged:
+    """A registry opened to be looked at, whatever state it is in.
+
+    Attributes:
+        database: None where the catalog is missing or cannot be read; `fault` says why.
+        registry_id: as the catalog has it.
+    """
+
+    what: str
+    database: Database | None
+    registry_id: str | None
+    store_url: str
+    fault: str
+
+
+def open_unchanged(location: Location) -> Unchanged:
+    """Opens a registry without writing anything, its outbox included.
+
+    Raises:
+        RegistryNotFound: there is neither a catalog nor a store.
+        SchemaOutOfDate, StoreUnreachable
+    """
+    database: Database | None = None
+    try:
+        database = open_database(location.database)
+        database.check()
+        with database.reading() as connection:
+            meta = connection.execute(select(registry_meta)).one_or_none()
+        if meta is None:
+            raise RegistryNotFound(f"{database.what} was never finished")
+        return Unchanged(database.what, database, meta.registry_id, meta.store_url or location.url, "")
+    except (RegistryNotFound, Corrupt) as error:
+        if database is not None:
+            database.close()
+        if not location.is_path or not (Path(location.url) / MARKER).is_file():
+            raise
+        return Unchanged(location.database, None, None, location.url, str(error).partition(";")[0])
+    except BaseException:
+        if database is not None:
+            database.close()
+        raise

@@ -67,6 +67,7 @@ class History:
     Attributes:
         times: of each event, from seq 1.
         fates: by number.
+        purged: whether a version of it ever was.
         faults: what is wrong with its journal. Where nobody else knew an event, the history ends before it.
     """
 
@@ -74,6 +75,7 @@ class History:
     name: str
     times: list[datetime] = field(default_factory=list)
     fates: dict[int, Fate] = field(default_factory=dict)
+    purged: bool = False
     faults: list[Fault] = field(default_factory=list)
 
     @property
@@ -106,16 +108,14 @@ class Histories:
 def read_histories(
     store: Store,
     *,
-    instead: Mapping[tuple[str, int], Event] | None = None,
+    instead: Callable[[str, int], Event | None] = lambda _reference, _seq: None,
     last: Mapping[str, int] | None = None,
-    progress: Callable[[int], None] = lambda _: None,
 ) -> Histories:
     """Reads the whole journal once.
 
     Args:
-        instead: events that somebody else knows, by name and seq, for entries that are missing or damaged.
+        instead: gives an event that somebody else knows, by name and seq, where its entry is missing or damaged.
         last: seq up to which each name is followed; other names are left out. None: all there is.
-        progress: told now and then how many events were read.
 
     Raises:
         StorageError
@@ -123,10 +123,8 @@ def read_histories(
     found = Histories(store)
     known: dict[tuple[str, int], Event] = {}
     found.known = known
-    instead = instead or {}
     marks: dict[str, list[tuple[datetime, str, int]]] = {}
     names = sorted(set(store.journal.names()) | {_parts(reference) for reference in last or ()})
-    count = 0
     for namespace, name in names:
         history = History(namespace, name)
         reference = history.reference
@@ -144,7 +142,7 @@ def read_histories(
                 event, problem = None, Fault(namespace, name, seq, "damaged", str(error))
             if problem is not None:
                 history.faults.append(problem)
-                event = instead.get((reference, seq))
+                event = instead(reference, seq)
                 if event is None:
                     break
                 known[reference, seq] = event
@@ -154,9 +152,6 @@ def read_histories(
             except Corrupt as error:
                 history.faults.append(Fault(namespace, name, seq, "damaged", str(error)))
                 break
-            count += 1
-            if count % 1000 == 0:
-                progress(count)
         found.names[reference] = history
     for digest, events in marks.items():
         found.makers[digest] = [(reference, seq) for _, reference, seq in sorted(events)]
@@ -220,6 +215,7 @@ def _follow(
             if given is not None:
                 placement = Placement.from_json(given)
                 fate.placed_by = event.seq
+            history.purged |= event.kind == "purged"
             fate.state = {"removed": "removed", "restored": "present", "purged": "purged"}[event.kind]
         elif event.kind == "described":
             for digest in event.payload["blobs"].values():

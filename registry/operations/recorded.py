@@ -143,8 +143,8 @@ class Recorder:
         if registered.get(digest) or (digest in registered and role not in BROUGHT):
             return NewBlob(digest, 0, external=external)
         made_of_tensors = role in BROUGHT or role == "reused"
-        tensors = self.tensors(digest, new) if made_of_tensors else None
-        size = self._holdings.size(digest)
+        tensors = self.tensors(digest, new, there=not external) if made_of_tensors else None
+        size = None if external else self._holdings.size(digest)
         if size is None:
             size = _size(digest, new, tensors)
         if size is None:
@@ -158,11 +158,12 @@ class Recorder:
         reference, seq = self._histories.makers[digest][0]
         return self._manifest_of(reference, seq).kind != "adapter"
 
-    def tensors(self, digest: str, new: NewVersion | None = None) -> BlobTensors:
+    def tensors(self, digest: str, new: NewVersion, *, there: bool) -> BlobTensors:
         """What lies in a safetensors blob, from its header and from the versions that brought it.
 
         Args:
             new: a version that may be one of them, at hand.
+            there: whether it should be in the store.
 
         Raises:
             Corrupt: it cannot be told, or header and manifests contradict each other.
@@ -170,9 +171,8 @@ class Recorder:
         if (cached := self._tensors.get(digest)) is not None:
             return cached
         found: dict[int, tuple[TensorSpec, str]] = {}
-        if new is not None:
-            _gather(found, digest, new.manifest, new.layouts, new.placement if new.moved is None else new.moved)
-        header = self._holdings.header(digest)
+        _gather(found, digest, new.manifest, new.layouts, new.placement if new.moved is None else new.moved)
+        header = self._holdings.header(digest) if there else None
         for reference, seq in self._histories.makers.get(digest, ()):
             if _complete(found, header):
                 break

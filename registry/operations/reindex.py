@@ -5,7 +5,6 @@ still has to write are written first."""
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -38,9 +37,6 @@ SIDECARS = ("-wal", "-shm", "-journal")
 _NAMED = 5
 _PENDING = 1_000_000
 
-Progress = Callable[[str, int], None]
-"""Told what is being done (`reading the journal`, `writing the catalog`) and how many events are."""
-
 
 @dataclass(frozen=True)
 class Reindexed:
@@ -70,20 +66,19 @@ def reindex(
     *,
     store: str | None = None,
     skip_damaged: bool = False,
-    progress: Progress = lambda _what, _done: None,
 ) -> Reindexed:
     """Makes a registry's catalog again; see `Registry.reindex`."""
     if not location.is_path:
-        return _on_server(location, store, skip_damaged, progress)
+        return _on_server(location, store, skip_damaged)
     if store is not None:
         raise InvalidInput("a registry in a folder keeps its blobs there; --store goes with a postgresql:// URL")
     held = open_store(location.url)
     if not held.writable:
         raise ReadOnly(f"the registry {location.url} cannot be written by this user; ask its owner")
-    return _Rebuild(held, location.url, skip_damaged, progress).in_folder(Path(location.url))
+    return _Rebuild(held, location.url, skip_damaged).in_folder(Path(location.url))
 
 
-def _on_server(location: Location, store: str | None, skip_damaged: bool, progress: Progress) -> Reindexed:
+def _on_server(location: Location, store: str | None, skip_damaged: bool) -> Reindexed:
     database = open_database(location.database)
     try:
         with database.reading() as connection:
@@ -102,18 +97,17 @@ def _on_server(location: Location, store: str | None, skip_damaged: bool, progre
                 f"catalog {database.what} is of registry {meta.registry_id}, the store at {place} of "
                 f"{held.registry_id}: they do not belong together"
             )
-        rebuild = _Rebuild(held, database.what, skip_damaged, progress)
+        rebuild = _Rebuild(held, database.what, skip_damaged)
         return rebuild.in_place(database, None if meta is not None and store is None else str(Path(place).absolute()))
     finally:
         database.close()
 
 
 class _Rebuild:
-    def __init__(self, store: Store, registry: str, skip_damaged: bool, progress: Progress) -> None:
+    def __init__(self, store: Store, registry: str, skip_damaged: bool) -> None:
         self._store = store
         self._registry = registry
         self._skip_damaged = skip_damaged
-        self._progress = progress
         self._rescued = 0
         self._replayed = Replayed()
 
@@ -165,11 +159,7 @@ class _Rebuild:
                 self._rescued += 1
 
     def _fill(self, connection: Connection) -> None:
-        histories = read_histories(self._store, progress=lambda done: self._progress("reading the journal", done))
-        holdings = Holdings(self._store)
-        self._replayed = replay(
-            connection, histories, holdings, progress=lambda done: self._progress("writing the catalog", done)
-        )
+        self._replayed = replay(connection, read_histories(self._store), Holdings(self._store))
         if self._replayed.stops and not self._skip_damaged:
             # What only follows from another name's damage comes last.
             stops = sorted(self._replayed.stops, key=lambda stop: (stop.blamed is not None, stop.name))

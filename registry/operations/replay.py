@@ -26,8 +26,6 @@ from registry.operations.histories import Histories, History, payload_of
 from registry.operations.holdings import Holdings
 from registry.operations.recorded import Recorder
 
-PROGRESS_EVENTS = 200
-
 
 @dataclass(frozen=True)
 class Stop:
@@ -72,7 +70,6 @@ def replay(
     holdings: Holdings,
     *,
     check_content: bool = False,
-    progress: Callable[[int], None] = lambda _: None,
 ) -> Replayed:
     """Fills a catalog that has no names, within the caller's transaction.
 
@@ -81,12 +78,11 @@ def replay(
 
     Args:
         check_content: work all content digests out again.
-        progress: told now and then how many events are done.
 
     Raises:
         StorageError
     """
-    return _Replay(connection, histories, holdings, check_content=check_content).run(progress)
+    return _Replay(connection, histories, holdings, check_content=check_content).run()
 
 
 @dataclass
@@ -127,7 +123,7 @@ class _Replay:
             "purged": self._as_it_is,
         }
 
-    def run(self, progress: Callable[[int], None]) -> Replayed:
+    def run(self) -> Replayed:
         heap: list[tuple[datetime, str]] = []
         for reference in self._names:
             self._offer(heap, reference)
@@ -143,8 +139,6 @@ class _Replay:
             if not self._apply(name, event):
                 continue
             self._done.events += 1
-            if self._done.events % PROGRESS_EVENTS == 0:
-                progress(self._done.events)
             name.seq += 1
             self._offer(heap, reference)
             if event.kind == "pushed":
