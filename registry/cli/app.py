@@ -34,6 +34,8 @@ COMMANDS = {
     "rm": "registry.cli.removal",
     "restore": "registry.cli.removal",
     "gc": "registry.cli.gc",
+    "fsck": "registry.cli.fsck",
+    "reindex": "registry.cli.reindex",
     "upgrade": "registry.cli.places",
 }
 """Module by command; in it, the command's name with `_command` behind it."""

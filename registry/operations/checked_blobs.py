@@ -1,5 +1,5 @@
-"""The blobs of a registry held against what names them: there, of the right size, and, where every byte is to be read, of
-the right digests, tensor by tensor and file by file."""
+"""The blobs of a registry held against what names them: there, of the right size, and, where every byte is to be read,
+of the right digests, tensor by tensor and file by file."""
 
 from __future__ import annotations
 

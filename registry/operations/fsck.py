@@ -1,5 +1,5 @@
-"""`fsck`: a registry is looked through and nothing is changed. The catalog is made again from the store, beside, and the
-two are compared row by row; blobs are held against what names them."""
+"""`fsck`: a registry is looked through and nothing is changed. The catalog is made again from the store, beside, and
+the two are compared row by row; blobs are held against what names them."""
 
 from __future__ import annotations
 
@@ -36,15 +36,16 @@ def fsck(location: Location, *, deep: bool = False) -> Fsck:
     """Looks a registry through; see `Registry.fsck`."""
     opened = open_unchanged(location)
     try:
-        return _Fsck(opened, deep=deep).run()
+        return _Fsck(opened, location.url if location.is_path else opened.what, deep=deep).run()
     finally:
         if opened.database is not None:
             opened.database.close()
 
 
 class _Fsck:
-    def __init__(self, opened: Unchanged, *, deep: bool) -> None:
+    def __init__(self, opened: Unchanged, registry: str, *, deep: bool) -> None:
         self._opened = opened
+        self._registry = registry
         self._deep = deep
         self._problems: list[Problem] = []
         self._notes: list[str] = []
@@ -65,7 +66,7 @@ class _Fsck:
                 self._check(store, live)
         blobs = self._blobs
         return Fsck(
-            registry=self._opened.what,
+            registry=self._registry,
             deep=self._deep,
             problems=tuple(self._problems),
             notes=tuple(dict.fromkeys(self._notes)),
@@ -204,8 +205,8 @@ class _Fsck:
         orphans = [digest for digest in store.blobs.digests() if digest not in known]
         if orphans:
             self._notes.append(
-                f"{len(orphans)} blobs are of no version, {orphans[0]} for one: pushes that ended before their time, or "
-                "are at work; 'registry gc' takes old ones away"
+                f"{len(orphans)} blobs are of no version, {orphans[0]} for one: of pushes that are at work or were "
+                "killed; 'registry gc' takes old ones away"
             )
         if stale := store.stale_temporaries(now() - STALE):
             self._notes.append(
