@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     short_help="Make a lost or damaged catalog again.",
     examples=["registry reindex", "registry reindex --registry postgresql://db.example/models --store /data/models"],
 )
-@click.option(
-    "--store", metavar="FOLDER", help="Folder of the blobs, where a server has lost the catalog that said so."
-)
+@click.option("--store", metavar="FOLDER", help="Folder of the blobs, where a server has lost what said so.")
 @click.option("--skip-damaged", is_flag=True, help="Let names end before what is missing or damaged in their journals.")
 @common_options
 @click.pass_obj

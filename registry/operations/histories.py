@@ -66,6 +66,7 @@ class History:
 
     Attributes:
         times: of each event, from seq 1.
+        newest: seq of the last entry that its journal has.
         fates: by number.
         purged: whether a version of it ever was.
         faults: what is wrong with its journal. Where nobody else knew an event, the history ends before it.
@@ -73,6 +74,7 @@ class History:
 
     namespace: str
     name: str
+    newest: int = 0
     times: list[datetime] = field(default_factory=list)
     fates: dict[int, Fate] = field(default_factory=dict)
     purged: bool = False
@@ -131,7 +133,8 @@ def read_histories(
         if last is not None and reference not in last:
             continue
         there = set(store.journal.sequence(namespace, name))
-        end = max(there, default=0) if last is None else last[reference]
+        history.newest = max(there, default=0)
+        end = history.newest if last is None else last[reference]
         if 0 in there:
             history.faults.append(Fault(namespace, name, 0, "damaged", "seq begins at 1"))
         for seq in range(1, end + 1):
@@ -141,8 +144,10 @@ def read_histories(
             except Corrupt as error:
                 event, problem = None, Fault(namespace, name, seq, "damaged", str(error))
             if problem is not None:
-                history.faults.append(problem)
                 event = instead(reference, seq)
+                if event is None and seq > history.newest:
+                    break  # nobody knows of such an event; only a row with a wrong seq made it seem so
+                history.faults.append(problem)
                 if event is None:
                     break
                 known[reference, seq] = event

@@ -31,10 +31,12 @@ class BlobTensors:
 
     Attributes:
         digests: of its tensors, in the order of its layout.
+        whole: bytes of the file that it is, if it is one.
     """
 
     layout: Layout
     digests: tuple[str, ...]
+    whole: int | None = None
 
 
 class Recorder:
@@ -173,6 +175,7 @@ class Recorder:
         found: dict[int, tuple[TensorSpec, str]] = {}
         _gather(found, digest, new.manifest, new.layouts, new.placement if new.moved is None else new.moved)
         header = self._holdings.header(digest) if there else None
+        whole = _whole_size(digest, new.manifest)
         for reference, seq in self._histories.makers.get(digest, ()):
             if _complete(found, header):
                 break
@@ -181,6 +184,7 @@ class Recorder:
             with payload_of(self._histories.event(reference, seq)):
                 placement = Placement.from_json(self._histories.event(reference, seq).payload["placement"])
             _gather(found, digest, manifest, layouts, placement)
+            whole = whole or _whole_size(digest, manifest)
         if not _complete(found, header):
             if header is None:
                 raise Corrupt(f"blob {digest} cannot be read, and no version tells all of its tensors")
@@ -192,7 +196,7 @@ class Recorder:
             if (spec.dtype, spec.shape) != (recorded.dtype, recorded.shape):
                 told = f"expected {recorded.dtype} {list(recorded.shape)}, found {spec.dtype} {list(spec.shape)}"
                 raise Corrupt(f"blob {digest}: tensor {shown(spec.name)}: {told}")
-        return self._tensors.put(digest, BlobTensors(header, tuple(one for _, one in ordered)))
+        return self._tensors.put(digest, BlobTensors(header, tuple(one for _, one in ordered), whole))
 
     def _manifest_of(self, reference: str, seq: int) -> Manifest:
         event = self._histories.event(reference, seq)
@@ -230,9 +234,11 @@ def _complete(found: Mapping[int, object], header: Layout | None) -> bool:
 
 def _size(digest: str, new: NewVersion, tensors: BlobTensors | None) -> int | None:
     """Bytes of a blob that is not there, as far as the version tells."""
-    whole = next((file.size for file in new.manifest.files if file.sha256 == digest), None)
+    whole = _whole_size(digest, new.manifest)
     if whole is not None:
         return whole
+    if tensors is not None and tensors.whole is not None:
+        return tensors.whole
     if tensors is not None:  # tensors that lie apart from their file have a header of our making
         return len(build_header(tensors.layout)) + tensors.layout.nbytes
     placement = new.placement if new.moved is None else new.moved
@@ -241,6 +247,10 @@ def _size(digest: str, new: NewVersion, tensors: BlobTensors | None) -> int | No
         if not placed.whole and placement.blobs[placed.blob][0] == digest:
             return file.size - _spliced(file, new, placement)
     return None
+
+
+def _whole_size(digest: str, manifest: Manifest) -> int | None:
+    return next((file.size for file in manifest.files if file.sha256 == digest), None)
 
 
 def _spliced(file: File, new: NewVersion, placement: Placement) -> int:

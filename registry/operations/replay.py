@@ -6,7 +6,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 
 from sqlalchemy import Connection, update
 from sqlalchemy.exc import IntegrityError
@@ -213,6 +213,8 @@ class _Replay:
         """States, which nothing above may depend on: clocks of two machines need not agree."""
         states: dict[str, list[int]] = {}
         for name in self._names.values():
+            if name.seq <= name.history.newest:
+                self._close(name)
             if name.locked is None:
                 continue
             name.locked.save()
@@ -226,6 +228,13 @@ class _Replay:
             for batch in batches(ids):
                 changed = update(version_table).where(version_table.c.id.in_(batch)).values(state=state)
                 self._connection.execute(changed)
+
+    def _close(self, name: _Name) -> None:
+        """Lets nobody add to a name that ends early: whoever locks it finds an entry of the journal that comes next."""
+        if name.locked is None:
+            history, at = name.history, datetime.fromtimestamp(0, UTC)
+            name.locked = lock_name(self._connection, history.namespace, history.name, at=at, create=True)
+        name.locked.last_seq = max(name.locked.last_seq, name.history.newest - 1)
 
     def _state(self, name: _Name, number: int) -> str:
         return name.history.fates[number].state
