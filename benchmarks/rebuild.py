@@ -1,5 +1,5 @@
-"""How long `reindex` and `fsck` take: a registry of many small versions is made by real pushes, then checked and rebuilt.
-The bare lower bound is reading every journal object and every manifest once and hashing it."""
+"""How long `reindex` and `fsck` take: a registry of many small versions is made by real pushes, then checked and
+rebuilt. The bare lower bound is reading every journal object and every manifest once and hashing it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import save
 
 from registry import Registry
+from registry.core.journal_document import read_event
 
 A_NAME = 50
 TENSORS = 16
@@ -45,6 +47,19 @@ def fill(root: Path, versions: int) -> None:
             )
 
 
+def copy_names(root: Path, copies: int) -> None:
+    """Gives every adapter's journal to other names too, as a manifest may be a version of several; blobs are shared."""
+    for folder in sorted(root.glob("journal/bench/adapter-*")):
+        for copy in range(copies):
+            name = f"copy-{copy:04}-{folder.name}"
+            other = folder.with_name(name)
+            other.mkdir()
+            for path in folder.iterdir():
+                registry, event = read_event(path.read_bytes(), path.name)
+                payload = json.loads(json.dumps(event.payload).replace(f"bench/{folder.name}@", f"bench/{name}@"))
+                (other / path.name).write_bytes(replace(event, name=name, payload=payload).document(registry))
+
+
 def timed(what: str, function: Callable[[], object]) -> float:
     begin = time.perf_counter()
     function()
@@ -63,6 +78,7 @@ def read_all(root: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--versions", type=int, default=300)
+    parser.add_argument("--copies", type=int, default=0, help="so many further names for each, with the same versions")
     parser.add_argument("--no-sync", action="store_true", help="make the registry without fsync")
     parser.add_argument("--keep", type=Path, help="make it here, or use the one that is here")
     given = parser.parse_args()
@@ -75,6 +91,9 @@ def main() -> None:
             root.parent.mkdir(parents=True, exist_ok=True)
             timed(f"{given.versions} pushes", lambda: fill(root, given.versions))
             os.fsync = real
+        if given.copies:
+            copy_names(root, given.copies)
+            Registry.reindex(root)
         bare = timed("journal and manifests read", lambda: read_all(root))
         for what, function in (
             ("fsck", lambda: _whole(Registry.fsck(root).problems)),

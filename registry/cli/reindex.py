@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     name="reindex",
     cls=Command,
     short_help="Make a lost or damaged catalog again.",
-    examples=["registry reindex", "registry reindex --registry postgresql://db.example/models --store /data/models"],
+    examples=["registry reindex", "registry reindex --registry postgresql://db.example/models --store blobs/"],
 )
 @click.option("--store", metavar="FOLDER", help="Folder of the blobs, where a server has lost what said so.")
 @click.option("--skip-damaged", is_flag=True, help="Let names end before what is missing or damaged in their journals.")

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from registry.core.canonical_json import parse_json
 from registry.core.errors import Corrupt, DigestMismatch, NotFound, RegistryError
 from registry.core.event import Event
 from registry.core.journal_document import read_event
@@ -101,10 +102,15 @@ class Histories:
     known: Mapping[tuple[str, int], Event] = field(default_factory=dict)
 
     def event(self, reference: str, seq: int) -> Event:
-        """An event that was read before."""
+        """An event that was read before; that its document is canonical is not proven again."""
         if (reference, seq) in self.known:
             return self.known[reference, seq]
-        return _read(self.store, *_parts(reference), seq)
+        namespace, name = _parts(reference)
+        tree = parse_json(self.store.journal.read(namespace, name, seq))
+        at = datetime.fromisoformat(tree["at"])
+        return Event(
+            namespace, name, seq, tree["kind"], tree["version"], tree["tag"], at, tree["actor"], tree["payload"]
+        )
 
 
 def read_histories(

@@ -3,12 +3,13 @@ writing. Of weights only headers are read; what the tensors' digests are, manife
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from registry.catalog.blobs import NewBlob
 from registry.catalog.insertion import NewVersion
 from registry.core.adapter_config import AdapterConfig
+from registry.core.adapter_names import Target
 from registry.core.content_digest import content_digest
 from registry.core.errors import Corrupt
 from registry.core.event import Event
@@ -102,7 +103,7 @@ class Recorder:
         with payload_of(event):
             targets, findings = version_findings(manifest.kind, config, layouts, nonfinite)
         if self._check_content:
-            self._compare_content(manifest, layouts, config, str(payload["content"]), what)
+            self._compare_content(manifest, layouts, config, targets, str(payload["content"]), what)
         with payload_of(event):
             new = NewVersion(
                 manifest=manifest,
@@ -132,9 +133,14 @@ class Recorder:
         return NewVersion(**{**vars(new), "blobs": blobs})
 
     def _compare_content(
-        self, manifest: Manifest, layouts: Mapping[str, Layout], config: AdapterConfig | None, recorded: str, what: str
+        self,
+        manifest: Manifest,
+        layouts: Mapping[str, Layout],
+        config: AdapterConfig | None,
+        targets: Sequence[Target],
+        recorded: str,
+        what: str,
     ) -> None:
-        targets, _ = version_findings(manifest.kind, config, layouts, {})
         tensors = {part.role: (layouts[part.role], part.tensors) for part in manifest.components if part.tensors}
         found = content_digest(tensors, config, targets)
         if found != recorded:
@@ -153,12 +159,14 @@ class Recorder:
             raise Corrupt(f"{what} needs blob {digest} ({role}), which is missing, and nothing else tells its size")
         if tensors is None:
             return NewBlob(digest, size, external=external)
-        return NewBlob(digest, size, tensors.layout, tensors.digests, self._index_all(digest), external)
+        return NewBlob(digest, size, tensors.layout, tensors.digests, self._index_all(digest, role, new), external)
 
-    def _index_all(self, digest: str) -> bool:
+    def _index_all(self, digest: str, role: str, new: NewVersion) -> bool:
         """Whether the version that brought a blob first is one of those that index small tensors too."""
-        reference, seq = self._histories.makers[digest][0]
-        return self._manifest_of(reference, seq).kind != "adapter"
+        makers = self._histories.makers.get(digest, [])
+        alone = not makers or (role in BROUGHT and len(makers) == 1)
+        manifest = new.manifest if alone else self._manifest_of(*makers[0])
+        return manifest.kind != "adapter"
 
     def tensors(self, digest: str, new: NewVersion, *, there: bool) -> BlobTensors:
         """What lies in a safetensors blob, from its header and from the versions that brought it.

@@ -212,8 +212,9 @@ class _Replay:
     def _finish(self) -> None:
         """States, which nothing above may depend on: clocks of two machines need not agree."""
         states: dict[str, list[int]] = {}
+        stopped = {stop.name for stop in self._done.stops}
         for name in self._names.values():
-            if name.seq <= name.history.newest:
+            if name.history.reference in stopped:
                 self._close(name)
             if name.locked is None:
                 continue
