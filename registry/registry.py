@@ -14,9 +14,11 @@ from registry.core.event import Event
 from registry.core.findings import Finding
 from registry.core.reference import parse_artifact
 from registry.operations import annotate, discover, inspect, tagging
+from registry.operations.context import Context
 from registry.operations.discover import Location
 from registry.operations.inspect import Details, Lineage
 from registry.operations.version import Version, as_version
+from registry.transfer import Transfer
 from registry.upkeep import Upkeep
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class Registry(Upkeep):
+class Registry(Upkeep, Transfer):
     """A registry of LoRA adapters and checkpoints.
 
     Open it with `Registry.open`. One object may be used from several threads and in forked workers.
@@ -75,6 +77,9 @@ class Registry(Upkeep):
         >>> pushed = registry.push(lora_model, "walk/perturb", base="walk/base", tags=["prod"])
         >>> registry.load("walk/perturb:prod", another_model)
     """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
 
     @classmethod
     def open(cls, url: str | os.PathLike[str] | None = None) -> Registry:
@@ -191,6 +196,7 @@ class Registry(Upkeep):
             ReadOnly, NoSpace: nothing is visible.
         """
         from registry.operations import push
+        from registry.operations.opening import Opening
 
         edges = [*parents] if continued_from is None else [("continued_from", continued_from, None), *parents]
         request = push.check_request(
@@ -205,7 +211,7 @@ class Registry(Upkeep):
             parents=edges,
             external=external,
         )
-        how = push.Opening(adapter_name, attachments, attachment_limit, probe)
+        how = Opening(adapter_name, attachments, attachment_limit, probe)
         return push.push(self._context, source, request, how)
 
     def resolve(self, reference: str) -> str:

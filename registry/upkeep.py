@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 class Upkeep:
     """Verbs on what is stored already; opened as `Registry`."""
 
-    def __init__(self, context: Context) -> None:
-        self._context = context
+    _context: Context
 
     def remove(self, *references: str, why: str | None = None) -> tuple[Removal, ...]:
         """Removes versions: nothing finds them any more, and their numbers are never given again.

@@ -159,7 +159,8 @@ def other_places(
     """One turn of looking for tensors in the present blobs that stay; the oldest blob that has one gets it.
 
     Of a tensor the index knows one holder alone, and no index leads from a digest to all of its holders, so the packed
-    digests of all blobs are looked through, `SCANNED` blobs a turn.
+    digests of all blobs are looked through, `SCANNED` blobs a turn: 0.07 s in all for 20,000 blobs of 16 tensors
+    (benchmarks/collect_garbage.py).
 
     Args:
         prefixes: of the digests.

@@ -17,7 +17,7 @@ from registry.catalog.blobs import NewBlob, register_blobs, register_layouts
 from registry.catalog.conditions import version_order
 from registry.catalog.lineage import add_edges, references
 from registry.catalog.names import LockedName
-from registry.catalog.removal import hold_present
+from registry.catalog.removal import hold_present, restore
 from registry.catalog.rows import batches, ids_by_digest, insert_missing
 from registry.catalog.versions import VersionKey
 from registry.core.adapter_config import adapter_config
@@ -29,6 +29,8 @@ from registry.core.layout import Layout
 from registry.core.manifest import Manifest
 from registry.core.placement import FilePlacement, Placement, pack_entries, splices_to_json
 
+PUSHED_AGAIN = "pushed again"
+"""Why a version came back that was removed."""
 MAIN_ROLES = ("adapter", "model")
 """The component whose layout is the version's own: the first of these that it has."""
 
@@ -149,6 +151,23 @@ def insert_version(name: LockedName, new: NewVersion) -> VersionKey:
     }
     name.append("pushed", payload, actor=new.created_by, at=at, version=(key.id, number))
     return key
+
+
+def put_back(name: LockedName, version: VersionKey, new: NewVersion) -> None:
+    """Brings a purged version back under its number, with the bytes that a push has stored again. One that was brought
+    back meanwhile stays as it is.
+
+    Raises:
+        InUse: gc is deleting one of its blobs.
+        VersionNotFound: its base or a parent is removed.
+    """
+    at = name.time_of_event(new.created_at)
+    layout_ids = register_layouts(name.connection, _layouts(new))
+    blob_ids = register_blobs(name.connection, new.blobs, layout_ids, at)
+    placement = new.placement.to_json()
+    event = restore(name, version, actor=new.created_by, at=at, why=PUSHED_AGAIN, placement=placement)
+    if event is not None and event.payload["placement"] is not None:
+        _insert_parts(name.connection, version.id, new, layout_ids, blob_ids)
 
 
 def _layouts(new: NewVersion) -> list[tuple[Layout, Sequence[Target]]]:

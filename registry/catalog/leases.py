@@ -37,8 +37,10 @@ def take(connection: Connection, purpose: str, holder: str, at: datetime, length
     """
     mine = Lease(purpose, holder, at, at + length)
     row = {"id": purpose, "purpose": purpose, "holder": holder, "acquired_at": at, "expires_at": mine.expires_at}
-    insert_missing(connection, lease, [row])
-    there = connection.execute(select(lease).where(lease.c.id == purpose).with_for_update()).one()
+    there = None
+    while there is None:  # one that was in the way can be given back before it is looked at
+        insert_missing(connection, lease, [row])
+        there = connection.execute(select(lease).where(lease.c.id == purpose).with_for_update()).one_or_none()
     if (there.holder, there.acquired_at) == (holder, at):
         return mine
     if there.expires_at > at:

@@ -36,6 +36,8 @@ COMMANDS = {
     "gc": "registry.cli.gc",
     "fsck": "registry.cli.fsck",
     "reindex": "registry.cli.reindex",
+    "export": "registry.cli.export",
+    "import": "registry.cli.import_",
     "upgrade": "registry.cli.places",
 }
 """Module by command; in it, the command's name with `_command` behind it."""

@@ -83,6 +83,8 @@ def digest_files(
             hasher = FileHasher(file, whole=False)
             staged = batch.put(hasher.chunks())
             digests = FileDigests(staged.digest, hasher.digests.tensors, hasher.digests.nonfinite)
+        elif external and file.known is not None:
+            digests = FileDigests(*file.known)
         else:
             digests = hash_file(file)
         if not file.is_unchanged():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from registry.catalog import garbage, leases, tables
 from registry.catalog.blobs import NewBlob, find_tensors, register_blobs, register_layouts
 from registry.catalog.engine import Database
 from registry.core.digest import index_prefix, sha256_hex
-from registry.core.errors import InUse
+from registry.core.errors import BlobNotFound, InUse
 from registry.core.layout import Layout, TensorSpec
 from registry.operations.deleting import finish_deleting
 from tests.catalog.artifacts import peft_folder
@@ -295,3 +297,65 @@ def test_gc_is_refused_beside_another(shared: Registry) -> None:
     with shared._context.writing() as connection:
         leases.release(connection, held)
     assert shared.gc(grace=NO_GRACE).purged == ("team/two@1",)
+
+
+def test_collections_beside_pushes_and_removals_take_nothing_that_is_needed(
+    registry: Registry, registry_url: str, tmp_path: Path
+) -> None:
+    """Threads on connections of their own; `tests/failures/test_gc.py` has processes."""
+    sources = [weights(tmp_path / f"{n}.safetensors", a=1, b=2 + n % 2, c=10 + n) for n in range(6)]
+    turns, pushing = 9, [True, True]
+    failures: list[BaseException] = []
+
+    def pusher(who: int) -> None:
+        with Registry.open(registry_url) as own:
+            for turn in range(turns):
+                name = f"team/p{who}-{turn}"
+                push_through(own, sources[(turn + who) % len(sources)], name)
+                if turn % 3 != 2:
+                    own.remove(name)
+
+    def collector() -> None:
+        with Registry.open(registry_url) as own:
+            while any(pushing):
+                with suppress(InUse):  # the other collector is at work
+                    own.gc(grace=NO_GRACE)
+
+    def run(work: Callable[[], None], who: int | None = None) -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001  # shown by the assertion below
+            failures.append(error)
+        finally:
+            if who is not None:
+                pushing[who] = False
+
+    threads = [threading.Thread(target=run, args=(partial(pusher, who), who)) for who in (0, 1)]
+    threads += [threading.Thread(target=run, args=(collector,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert failures == []
+    registry.gc(grace=NO_GRACE)
+    left = registry.find()
+    assert len(left) == 2 * turns // 3
+    for version in left:
+        who, turn = (int(part) for part in version.name.removeprefix("team/p").split("-"))
+        pulled = registry.pull(version.reference, tmp_path / version.name.replace("/", "-"))
+        assert pulled.path.read_bytes() == sources[(turn + who) % len(sources)].read_bytes()
+    store = registry._context.store
+    with registry._context.reading() as connection:
+        rows = connection.execute(select(tables.blob.c.digest, tables.blob.c.state)).all()
+    assert {row.digest: row.state for row in rows} == dict.fromkeys(store.blobs.digests(), "present")
+
+
+def push_through(registry: Registry, source: Path, name: str) -> None:
+    """Pushes, and ends the deletions that are in the way."""
+    while True:
+        try:
+            registry.push(source, name)
+        except (InUse, BlobNotFound):  # the latter of a blob that it was about to reuse
+            finish_deleting(registry._context)
+        else:
+            return

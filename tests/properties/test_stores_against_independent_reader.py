@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from registry import Registry
 from tests.conformance.catalog_state import catalog_state
 from tests.conformance.independent_reader import check_store
-from tests.vectors.sample_store import Tensor, safetensors_file, stream
+from tests.vectors.tensor_bytes import Tensor, safetensors_file, stream
 
 # A few tensors, some alike in their bytes, some of no bytes, one of less than a byte an element.
 POOL: list[tuple[str, list[int], bytes]] = [
