@@ -158,10 +158,7 @@ class Comparison:
 
     def _waits_for_gc(self, digest: str) -> bool:
         blob = self._found["blob"].get((digest,))
-        unneeded = digest not in self._holders
-        return unneeded and (
-            blob is None or blob["state"] == "deleting" or (self._purged and digest in self._histories.named_at)
-        )
+        return digest not in self._holders and (blob is None or blob["state"] == "deleting" or self._purged)
 
     def _is_used(self, layout: str) -> bool:
         of_blobs = (row["layout_id"] == layout for row in self._rebuilt["blob"].values())
