@@ -3,13 +3,17 @@ of the facade, which `Registry` inherits."""
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from registry.operations.context import Context
+from registry.operations.discover import locate
 
 if TYPE_CHECKING:
     from registry.operations.gc import Collected
+    from registry.operations.problems import Fsck
+    from registry.operations.reindex import Reindexed
     from registry.operations.removal import Removal
 
 
@@ -68,3 +72,45 @@ class Upkeep:
         from registry.operations.gc import GRACE, collect
 
         return collect(self._context, grace=GRACE if grace is None else grace, dry_run=dry_run)
+
+    @classmethod
+    def fsck(cls, url: str | os.PathLike[str] | None = None, *, deep: bool = False) -> Fsck:
+        """Looks a registry through, whatever state it is in, and changes nothing.
+
+        The journal and the manifests are followed into a catalog beside, and the registry's own is compared with that,
+        row by row. Every blob that a version needs is looked for.
+
+        Args:
+            url: as for `open`.
+            deep: read every byte: all blobs, tensors and files are proven by their digests.
+
+        Raises:
+            RegistryNotFound, SchemaOutOfDate, StoreUnreachable, StorageError
+        """
+        from registry.operations.fsck import fsck
+
+        return fsck(locate(url), deep=deep)
+
+    @classmethod
+    def reindex(
+        cls,
+        url: str | os.PathLike[str] | None = None,
+        *,
+        store: str | os.PathLike[str] | None = None,
+        skip_damaged: bool = False,
+    ) -> Reindexed:
+        """Makes the catalog of a registry again from its journal and manifests: all of it, or nothing.
+
+        Args:
+            url: as for `open`.
+            store: folder of the blobs, where a database server has lost the catalog that said so.
+            skip_damaged: let a name end before an event that is missing, damaged, or cannot be followed. Nobody can
+                add to such a name before its journal is put back.
+
+        Raises:
+            Corrupt: something is missing or damaged; it says what, and the catalog is as it was.
+            RegistryNotFound, WrongStore, SchemaOutOfDate, ReadOnly, NoSpace, StorageError, InvalidInput
+        """
+        from registry.operations.reindex import reindex
+
+        return reindex(locate(url), store=None if store is None else os.fspath(store), skip_damaged=skip_damaged)

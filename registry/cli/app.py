@@ -35,6 +35,8 @@ COMMANDS = {
     "rm": "registry.cli.removal",
     "restore": "registry.cli.removal",
     "gc": "registry.cli.gc",
+    "fsck": "registry.cli.fsck",
+    "reindex": "registry.cli.reindex",
     "export": "registry.cli.export",
     "import": "registry.cli.import_",
     "upgrade": "registry.cli.places",
