@@ -233,18 +233,14 @@ def lineage_document(lineage: Lineage) -> dict[str, Any]:
 
 def difference_document(difference: Difference) -> dict[str, Any]:
     """`registry diff --json`; a member `a` or `b` is null where that version has no such thing."""
-
-    def values(of: Iterable[ValueDifference]) -> list[dict[str, Any]]:
-        return [{"key": one.key, "change": one.change, "a": one.a, "b": one.b} for one in of]
-
     return {
         "a": _compared(difference.a),
         "b": _compared(difference.b),
         "same_content": difference.same_content,
-        "facts": values(difference.facts),
-        "config": values(difference.config),
-        "metadata": values(difference.metadata),
-        "metrics": values(difference.metrics),
+        "facts": _values(difference.facts),
+        "config": _values(difference.config),
+        "metadata": _values(difference.metadata),
+        "metrics": _values(difference.metrics),
         "files": [
             {
                 "path": one.path,
@@ -270,6 +266,10 @@ def _compared(version: Version) -> dict[str, Any]:
     }
 
 
+def _values(differences: Iterable[ValueDifference]) -> list[dict[str, Any]]:
+    return [{"key": one.key, "change": one.change, "a": one.a, "b": one.b} for one in differences]
+
+
 def _component_difference(component: ComponentDifference) -> dict[str, Any]:
     return {
         "name": component.role,
@@ -278,6 +278,7 @@ def _component_difference(component: ComponentDifference) -> dict[str, Any]:
         "tensors_b": component.count_b,
         "same_tensors": component.same,
         "same_modules": component.same_modules,
+        "values": _values(component.values),
         "modules": [
             {
                 "module": one.module,
