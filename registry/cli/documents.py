@@ -126,6 +126,8 @@ def details_document(details: Details, *, tensors: bool) -> dict[str, Any]:
         "lora_dropout": record.lora_dropout,
         "bytes_new": record.bytes_new,
         "environment": dict(pushed.get("environment", {})),
+        "origin": pushed.get("origin"),
+        "external": bool(details.contents.external),
         "files": [
             {"path": file.path, "digest": sha256(file.sha256), "size": file.size, "component": file.role}
             for file in details.contents.files
@@ -136,6 +138,7 @@ def details_document(details: Details, *, tensors: bool) -> dict[str, Any]:
                 "tensors": len(component.layout),
                 "parameters": component.layout.parameters,
                 "bytes": component.layout.nbytes,
+                "data": None if component.data is None else sha256(component.data),
             }
             for component in details.contents.components.values()
         ],

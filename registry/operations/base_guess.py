@@ -101,13 +101,15 @@ class BaseGuesser:
             targets: those that a base can be held against, see `asked_targets`; the same object for equal ones.
             folder: of the adapter.
         """
-        named = self._named(recorded, revision, folder) if recorded else ()
         self._targets.append(targets)
-        if named:
-            return self._among_named(recorded or "", named, targets)
+        if recorded:
+            named, found_by = self._named(recorded, revision, folder)
+            if named:
+                return self._among_named(recorded, named, found_by, targets)
         if not targets:
             return BaseGuess("unknown", recorded, why=_unknown(recorded, "no target tells it"))
-        fitting = [base for base in self._bases if self._misfit(base, targets, ask_live=False) is None]
+        possible = (base for base in self._bases if not (recorded and _is_another(base, recorded)))
+        fitting = [base for base in possible if self._misfit(base, targets, ask_live=False) is None]
         if not fitting:
             return BaseGuess("unknown", recorded, why=_unknown(recorded, "no known base has all its targets"))
         if len(fitting) > 1:
@@ -115,10 +117,10 @@ class BaseGuesser:
         said = f"; {shown(recorded, 80)} is recorded" if recorded else ""
         return BaseGuess("fits", recorded, tuple(fitting), f"guessed: it alone has all targets{said}")
 
-    def _among_named(self, recorded: str, named: Sequence[Base], targets: Sequence[Target]) -> BaseGuess:
+    def _among_named(self, recorded: str, named: Sequence[Base], found_by: str, targets: Sequence[Target]) -> BaseGuess:
         if not targets:
             how: How = "recorded" if len(named) == 1 else "undecided"
-            return BaseGuess(how, recorded, tuple(named), "recorded; its targets cannot be held against it")
+            return BaseGuess(how, recorded, tuple(named), f"recorded{found_by}; no target could be held against it")
         reasons = {base: self._misfit(base, targets, ask_live=True) for base in named}
         fitting = tuple(base for base, why in reasons.items() if why is None)
         if not fitting:
@@ -127,7 +129,7 @@ class BaseGuesser:
             return BaseGuess("mismatch", recorded, tuple(named), why)
         if len(fitting) > 1:
             return BaseGuess("undecided", recorded, fitting, f"{len(fitting)} bases are called {shown(recorded, 80)}")
-        return BaseGuess("recorded", recorded, fitting, "recorded, and all targets are there")
+        return BaseGuess("recorded", recorded, fitting, f"recorded{found_by}, and all targets are there")
 
     def _misfit(self, base: Base, targets: Sequence[Target], *, ask_live: bool) -> str | None:
         key = (id(base), id(targets), ask_live)
@@ -141,11 +143,10 @@ class BaseGuesser:
 
     # ---- by what is recorded
 
-    def _named(self, recorded: str, revision: str | None, folder: Path) -> tuple[Base, ...]:
-        for found in (self._by_place(recorded, folder), self._by_hub(recorded, revision), self._by_tail(recorded)):
-            if found:
-                return found
-        return ()
+    def _named(self, recorded: str, revision: str | None, folder: Path) -> tuple[tuple[Base, ...], str]:
+        """The bases that it may mean, and how they were found where that says less than their whole name."""
+        exact = self._by_place(recorded, folder) or self._by_hub(recorded, revision)
+        return (exact, "") if exact else (self._by_tail(recorded), f" as {shown(recorded, 80)}")
 
     def _by_place(self, recorded: str, folder: Path) -> tuple[Base, ...]:
         if recorded.startswith(URL_SCHEME) or "\0" in recorded:
@@ -164,7 +165,9 @@ class BaseGuesser:
         """The bases whose path or name ends as the recorded one, with as many equal parts as there are."""
         wanted = path_parts(recorded.removeprefix(URL_SCHEME).partition("@")[0])
         lengths = {
-            base: max((_equal_tail(wanted, called) for called in base.called), default=0) for base in self._bases
+            base: max((_equal_tail(wanted, called) for called in base.called), default=0)
+            for base in self._bases
+            if not _is_another(base, recorded)
         }
         longest = max(lengths.values(), default=0)
         return tuple(base for base, length in lengths.items() if length == longest) if longest else ()
@@ -173,6 +176,13 @@ class BaseGuesser:
 def path_parts(text: str) -> tuple[str, ...]:
     """The parts of a path of any system, as far as they say something where names are compared."""
     return tuple(part.casefold() for part in re.split(r"[/\\]", text) if part not in ("", ".", ".."))
+
+
+def _is_another(base: Base, recorded: str) -> bool:
+    """Whether both are of the hub, and not the same there: models of one architecture fit the same adapters."""
+    hub_id = origin_of(Path(recorded)).get("hub_id", recorded)
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) is not None
+    return base.hub_id is not None and is_hub_id and hub_id.casefold() != base.hub_id.casefold()
 
 
 def _equal_tail(wanted: Sequence[str], called: Sequence[str]) -> int:

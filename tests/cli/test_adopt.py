@@ -35,7 +35,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(run: Run, here: Path, tree:
     lines = ran.out.splitlines()
     assert "team-runs/carry" in lines[2]
     assert "walker.safetensors" in lines[2]
-    assert lines[2].endswith("new: recorded, and all targets are there")
+    assert lines[2].endswith("new: recorded as models/walker, and all targets are there")
     assert "undecided" in lines[4]
     assert f"4 new in {tree}\n" in ran.err
     assert "no artifacts: 1 texts\n" in ran.err
@@ -76,7 +76,7 @@ def test_json_of_an_adoption_is_the_contract(run: Run, here: Path, tree: Path) -
         "how": "recorded",
         "recorded": "models/walker",
         "bases": ["walker.safetensors"],
-        "why": "recorded, and all targets are there",
+        "why": "recorded as models/walker, and all targets are there",
     }
 
 

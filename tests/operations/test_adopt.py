@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from registry.operations.adoption import Adoption, Item
 from tests.failures.support import photograph
 from tests.formats.saved_models import save_model
 from tests.operations.models import walker
-from tests.operations.trees import Taller, build, save_adapter, save_checkpoint
+from tests.operations.trees import Taller, build, hub_snapshot, save_adapter, save_checkpoint
 
 BROKEN = {
     "broken/dangling.pth": "no such file or folder",
@@ -324,6 +325,46 @@ def test_a_base_of_the_registry_is_found_too(registry: Registry, tmp_path: Path)
         "tail": "recorded",
         "fits": "fits",
     }
+
+
+def test_another_model_of_the_hub_is_never_taken_for_the_one_that_is_recorded(
+    registry: Registry, tmp_path: Path
+) -> None:
+    tree = tmp_path / "tree"
+    (tmp_path / "w").mkdir()
+    save_file(walker().state_dict(), tmp_path / "w/walker.safetensors")
+    hub_snapshot(tree, "acme/walker", "3" * 40, tmp_path / "w")
+    save_adapter(tree / "theirs", seed=1, recorded="acme/walker")
+    save_adapter(tree / "path", seed=2, recorded=f"/root/hub/models--acme--walker/snapshots/{'3' * 40}")
+    save_adapter(tree / "other", seed=3, recorded="umbrella/walker")
+    save_adapter(tree / "chat", seed=4, recorded="acme/walker-chat")
+    found = items(registry.adopt(tree))
+    base = f"models--acme--walker/snapshots/{'3' * 40}/walker.safetensors"
+    assert {name for name, item in found.items() if item.base is not None} == {"theirs", "path"}
+    # And when the base is in the registry alone.
+    shutil.rmtree(tree / "models--acme--walker")
+    save_adapter(tree / "more", seed=5, recorded="acme/walker")
+    save_adapter(tree / "more-other", seed=6, recorded="umbrella/walker")
+    again = items(registry.adopt(tree))
+    assert (again["more"].base, again["more-other"].base) == (found[base].reference, None)
+
+
+def test_revisions_of_the_hub_are_versions_and_the_recorded_one_is_the_base(registry: Registry, tmp_path: Path) -> None:
+    hub = tmp_path / "hub"
+    for number, revision in enumerate(("b" * 40, "a" * 40, "c" * 40)):
+        (tmp_path / revision).mkdir()
+        save_file(walker(number).state_dict(), tmp_path / revision / "model.safetensors")
+        hub_snapshot(hub, "acme/walker", revision, tmp_path / revision, is_main=revision[0] == "a")
+    lora = save_adapter(hub / "lora", seed=1, recorded="acme/walker")
+    found = {item.path.split("/")[-2] if "/" in item.path else item.path: item for item in registry.adopt(hub).items}
+    assert [found[one * 40].reference for one in "bca"] == ["hub/walker@1", "hub/walker@2", "hub/walker@3"]
+    assert found["lora"].why.startswith("no base: 3 bases are called acme/walker")
+    config = json.loads((lora / "adapter_config.json").read_bytes()) | {"revision": "c" * 40}
+    (lora / "adapter_config.json").write_text(json.dumps(config))
+    assert items(registry.adopt(hub, keep_duplicates=True))["lora"].base == "hub/walker@2"
+    # The folder of the model alone has the same names.
+    planned = registry.adopt(hub / "models--acme--walker", namespace="other", dry_run=True)
+    assert {item.name for item in planned.items} == {"other/walker"}
 
 
 def test_several_bases_that_fit_are_listed_and_none_is_set(registry: Registry, tmp_path: Path) -> None:
