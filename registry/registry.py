@@ -18,6 +18,8 @@ from registry.operations.context import Context
 from registry.operations.discover import Location
 from registry.operations.inspect import Details, Lineage
 from registry.operations.version import Version, as_version
+from registry.transfer import Transfer
+from registry.upkeep import Upkeep
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +67,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class Registry:
+class Registry(Upkeep, Transfer):
     """A registry of LoRA adapters and checkpoints.
 
     Open it with `Registry.open`. One object may be used from several threads and in forked workers.
@@ -195,6 +197,7 @@ class Registry:
             ReadOnly, NoSpace: nothing is visible.
         """
         from registry.operations import push
+        from registry.operations.opening import Opening
 
         edges = [*parents] if continued_from is None else [("continued_from", continued_from, None), *parents]
         request = push.check_request(
@@ -209,7 +212,7 @@ class Registry:
             parents=edges,
             external=external,
         )
-        how = push.Opening(adapter_name, attachments, attachment_limit, probe)
+        how = Opening(adapter_name, attachments, attachment_limit, probe)
         return push.push(self._context, source, request, how)
 
     def adopt(

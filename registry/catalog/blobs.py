@@ -8,7 +8,7 @@ from datetime import datetime
 
 from sqlalchemy import Connection, select, update
 
-from registry.catalog.rows import batches, ids_by_digest, insert_missing
+from registry.catalog.rows import batches, insert_missing
 from registry.catalog.tables import blob, blob_tensors, component, layout, layout_tensor, target, tensor_index
 from registry.catalog.tables import version_blob as version_blob_table
 from registry.core.adapter_names import Target
@@ -51,7 +51,7 @@ def register_layouts(connection: Connection, layouts: Iterable[tuple[Layout, Seq
     """Row ids of layouts by digest; a new layout gets its tensors, and one without targets those that are given."""
     wanted = {one.digest: (one, targets) for one, targets in layouts}
     ordered = sorted(wanted)
-    known = ids_by_digest(connection, layout, ordered)
+    known = _held_layouts(connection, ordered)
     missing = [digest for digest in ordered if digest not in known]
     if missing:
         insert_missing(
@@ -67,7 +67,7 @@ def register_layouts(connection: Connection, layouts: Iterable[tuple[Layout, Seq
                 for digest in missing
             ],
         )
-        known = ids_by_digest(connection, layout, ordered)
+        known = _held_layouts(connection, ordered)
     for digest in missing:
         for batch in batches(enumerate(wanted[digest][0])):
             insert_missing(
@@ -87,6 +87,20 @@ def register_layouts(connection: Connection, layouts: Iterable[tuple[Layout, Seq
     # Not of new layouts alone: the same tensors may have come as a checkpoint before.
     _insert_targets(connection, {known[digest]: wanted[digest][1] for digest in ordered if wanted[digest][1]})
     return known
+
+
+def _held_layouts(connection: Connection, digests: Iterable[str]) -> dict[str, int]:
+    """Row ids by digest, of layouts that `gc` does not take away before the transaction ends."""
+    found: dict[str, int] = {}
+    for batch in batches(digests):
+        rows = connection.execute(
+            select(layout.c.digest, layout.c.id)
+            .where(layout.c.digest.in_(batch))
+            .order_by(layout.c.digest)
+            .with_for_update(read=True, key_share=True)
+        )
+        found.update((digest, identifier) for digest, identifier in rows)
+    return found
 
 
 def _insert_targets(connection: Connection, wanted: Mapping[int, Sequence[Target]]) -> None:

@@ -380,8 +380,8 @@ def _known_sqlite(error: BaseException | None, lost: bool, what: str) -> Registr
         sqlite3.SQLITE_PROTOCOL: (StorageError, "other processes kept it locked; try again"),
         sqlite3.SQLITE_CANTOPEN: (StoreUnreachable, "the database file cannot be opened"),
         sqlite3.SQLITE_IOERR: (StorageError, "input or output error"),
-        sqlite3.SQLITE_CORRUPT: (Corrupt, "the database file is damaged"),
-        sqlite3.SQLITE_NOTADB: (Corrupt, "the file is not a SQLite database"),
+        sqlite3.SQLITE_CORRUPT: (Corrupt, "the database file is damaged; 'registry reindex' makes it again"),
+        sqlite3.SQLITE_NOTADB: (Corrupt, "the file is not a SQLite database; 'registry reindex' makes it again"),
     }
     if code not in table:
         return None

@@ -17,6 +17,7 @@ from registry.catalog.blobs import NewBlob, register_blobs, register_layouts
 from registry.catalog.conditions import version_order
 from registry.catalog.lineage import add_edges, references
 from registry.catalog.names import LockedName
+from registry.catalog.removal import hold_present, restore
 from registry.catalog.rows import batches, ids_by_digest, insert_missing
 from registry.catalog.versions import VersionKey
 from registry.core.adapter_config import adapter_config
@@ -28,6 +29,8 @@ from registry.core.layout import Layout
 from registry.core.manifest import Manifest
 from registry.core.placement import FilePlacement, Placement, pack_entries, splices_to_json
 
+PUSHED_AGAIN = "pushed again"
+"""Why a version came back that was removed."""
 MAIN_ROLES = ("adapter", "model")
 """The component whose layout is the version's own: the first of these that it has."""
 
@@ -42,6 +45,8 @@ class NewVersion:
         peft_version: that wrote the adapter; None: unknown.
         nonfinite: positions of tensors with NaN or Inf by component: only who reads the weights can know.
         origin: where the artifact came from, as far as that is known.
+        moved: where its bytes lie, if a later event of the journal says something else than `placement`.
+        purged: `gc` took its bytes; of its blobs only the manifest and the layouts are needed.
     """
 
     manifest: Manifest
@@ -61,6 +66,24 @@ class NewVersion:
     origin: Mapping[str, str] | None
     created_by: str
     created_at: datetime
+    moved: Placement | None = None
+    purged: bool = False
+
+    @property
+    def main(self) -> str | None:
+        """The component whose layout is the version's own."""
+        return next((role for role in MAIN_ROLES if role in self.layouts), None)
+
+    @property
+    def kept(self) -> tuple[tuple[int, str, str], ...]:
+        """(position, digest, role) of the blobs that it needs."""
+        blobs = (self.placement if self.moved is None else self.moved).blobs
+        staying = {self.manifest.digest, *(part.layout for part in self.manifest.components)}
+        return tuple(
+            (position, digest, role)
+            for position, (digest, role) in enumerate(blobs)
+            if not self.purged or digest in staying
+        )
 
 
 def insert_version(name: LockedName, new: NewVersion) -> VersionKey:
@@ -68,6 +91,7 @@ def insert_version(name: LockedName, new: NewVersion) -> VersionKey:
 
     Raises:
         InUse: gc is deleting one of its blobs.
+        VersionNotFound: its base or a parent was removed meanwhile.
         LineageCycle
     """
     connection = name.connection
@@ -76,8 +100,9 @@ def insert_version(name: LockedName, new: NewVersion) -> VersionKey:
     layout_ids = register_layouts(connection, _layouts(new))
     config_id = _register_config(connection, new)
     blob_ids = register_blobs(connection, new.blobs, layout_ids, at)
+    hold_present(connection, [parent_id for _, parent_id, _ in new.parents] + ([new.base_id] if new.base_id else []))
     number = name.next_number()
-    main = next((role for role in MAIN_ROLES if role in new.layouts), None)
+    main = new.main
     row_id = connection.execute(
         insert(tables.version)
         .values(
@@ -128,9 +153,28 @@ def insert_version(name: LockedName, new: NewVersion) -> VersionKey:
     return key
 
 
+def put_back(name: LockedName, version: VersionKey, new: NewVersion) -> None:
+    """Brings a purged version back under its number, with the bytes that a push has stored again. One that was brought
+    back meanwhile stays as it is.
+
+    Raises:
+        InUse: gc is deleting one of its blobs.
+        VersionNotFound: its base or a parent is removed.
+    """
+    at = name.time_of_event(new.created_at)
+    layout_ids = register_layouts(name.connection, _layouts(new))
+    blob_ids = register_blobs(name.connection, new.blobs, layout_ids, at)
+    placement = new.placement.to_json()
+    event = restore(name, version, actor=new.created_by, at=at, why=PUSHED_AGAIN, placement=placement)
+    if event is not None and event.payload["placement"] is not None:
+        _insert_parts(name.connection, version.id, new, layout_ids, blob_ids)
+
+
 def _layouts(new: NewVersion) -> list[tuple[Layout, Sequence[Target]]]:
     wanted: list[tuple[Layout, Sequence[Target]]] = []
     for role, layout in new.layouts.items():
+        if new.purged and role != new.main:
+            continue
         # A layout's rows are shared by versions with different configs, so they follow from the names alone.
         wanted.append((layout, targets_of(layout, None)[0] if role == "adapter" else ()))
     known = {layout.digest for layout, _ in wanted}
@@ -145,15 +189,18 @@ def _insert_parts(
     layout_ids: Mapping[str, int],
     blob_ids: Mapping[str, int],
 ) -> None:
-    for batch in batches(enumerate(new.placement.blobs)):
+    for batch in batches(new.kept):
         connection.execute(
             insert(tables.version_blob),
             [
                 {"version_id": version_id, "position": position, "blob_id": blob_ids[digest], "role": role}
-                for position, (digest, role) in batch
+                for position, digest, role in batch
             ],
         )
-    positions = {digest: position for position, (digest, _) in enumerate(new.placement.blobs)}
+    if new.purged:
+        return
+    placement = new.placement if new.moved is None else new.moved
+    positions = {digest: position for position, (digest, _) in enumerate(placement.blobs)}
     connection.execute(
         insert(tables.component),
         [
@@ -162,7 +209,7 @@ def _insert_parts(
                 "role": part.role,
                 "layout_id": layout_ids[part.layout],
                 "digests": pack_digests(part.tensors),
-                "placement": pack_entries(new.placement.components[part.role]),
+                "placement": pack_entries(placement.components[part.role]),
                 "data_position": None if part.data is None else positions[part.data],
             }
             for part in new.manifest.components
@@ -178,9 +225,9 @@ def _insert_parts(
                     "sha256": file.sha256,
                     "size": file.size,
                     "role": file.component,
-                    "blob_position": new.placement.files[file.path].blob,
-                    "whole": new.placement.files[file.path].whole,
-                    "splices": _splices(new.placement.files[file.path]),
+                    "blob_position": placement.files[file.path].blob,
+                    "whole": placement.files[file.path].whole,
+                    "splices": _splices(placement.files[file.path]),
                 }
                 for file in files
             ],

@@ -12,8 +12,9 @@ from sqlalchemy import Connection, insert, select, update
 
 from registry.catalog.rows import insert_missing
 from registry.catalog.tables import artifact, event, outbox
-from registry.core.errors import ArtifactNotFound
+from registry.core.errors import ArtifactNotFound, Corrupt
 from registry.core.event import Event, payload_text
+from registry.core.reference import shown
 
 
 @dataclass
@@ -24,6 +25,7 @@ class LockedName:
 
     Attributes:
         appended: events of this transaction, to be journaled after its commit.
+        replayed: an event of the journal that is to be appended again, where the catalog is being rebuilt from it.
     """
 
     connection: Connection
@@ -34,6 +36,7 @@ class LockedName:
     last_seq: int
     last_event_at: datetime
     appended: list[Event] = field(default_factory=list)
+    replayed: Event | None = None
 
     @property
     def reference(self) -> str:
@@ -62,10 +65,18 @@ class LockedName:
         Args:
             at: now; never taken to be before the name's last event.
             version: (row id, number) of the version that it is about.
+
+        Raises:
+            Corrupt: `replayed` is another event than the one that follows from the state.
         """
         self.last_seq += 1
         self.last_event_at = self.time_of_event(at)
         row_id, number = version if version else (None, None)
+        made = Event(
+            self.namespace, self.name, self.last_seq, kind, number, tag, self.last_event_at, actor, dict(payload)
+        )
+        if self.replayed is not None and made != self.replayed:
+            raise _another(made, self.replayed)
         self.connection.execute(
             insert(event).values(
                 artifact_id=self.id,
@@ -78,10 +89,12 @@ class LockedName:
                 payload=payload_text(payload),
             )
         )
-        self.connection.execute(insert(outbox).values(artifact_id=self.id, seq=self.last_seq))
-        made = Event(
-            self.namespace, self.name, self.last_seq, kind, number, tag, self.last_event_at, actor, dict(payload)
-        )
+        if self.last_seq == 1:
+            # The time of the lock would be a little earlier, and nothing but this row would know it.
+            created = update(artifact).where(artifact.c.id == self.id).values(created_at=self.last_event_at)
+            self.connection.execute(created)
+        if self.replayed is None:
+            self.connection.execute(insert(outbox).values(artifact_id=self.id, seq=self.last_seq))
         self.appended.append(made)
         return made
 
@@ -91,6 +104,16 @@ class LockedName:
             .where(artifact.c.id == self.id)
             .values(last_number=self.last_number, last_seq=self.last_seq, last_event_at=self.last_event_at)
         )
+
+
+def _another(made: Event, replayed: Event) -> Corrupt:
+    mine, theirs = vars(made), vars(replayed)
+    member = next(name for name in mine if mine[name] != theirs[name])
+    what = f"{member} {shown(repr(mine[member]), 200)}"
+    return Corrupt(
+        f"event {replayed.seq} of {replayed.namespace}/{replayed.name} ({replayed.kind}) does not follow from those "
+        f"before it: expected {what}, found {shown(repr(theirs[member]), 200)}"
+    )
 
 
 def lock_name(connection: Connection, namespace: str, name: str, *, at: datetime, create: bool = False) -> LockedName:

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, delete, insert, select, update
 
 from registry.catalog.names import LockedName
 from registry.catalog.tables import tag, version
-from registry.catalog.versions import VersionKey
+from registry.catalog.versions import VersionKey, gone
 from registry.core.errors import TagMoved, TagNotFound, TagProtected
 from registry.core.event import Event
 
@@ -102,6 +102,7 @@ def protect(
     Raises:
         TagNotFound
         TagMoved: it does not point to `expected`.
+        VersionNotFound: what would be protected is removed.
     """
     there = current(name, tag_name)
     if there is None:
@@ -109,6 +110,10 @@ def protect(
     _check_expected(name, tag_name, there, expected)
     if there[2] == on:
         return None
+    if on:
+        state = name.connection.execute(select(version.c.state).where(version.c.id == there[0])).scalar_one()
+        if state != "present":
+            raise gone(f"{name.reference}@{there[1]}", state, pointer=f"{name.reference}:{tag_name}")
     name.connection.execute(
         update(tag).where(tag.c.artifact_id == name.id, tag.c.name == tag_name).values(protected=on)
     )

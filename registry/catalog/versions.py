@@ -107,21 +107,35 @@ def same_content(connection: Connection, artifact_id: int, content_digest: str, 
     ).scalar()
 
 
-_KEYS = (
-    select(version.c.id, version.c.artifact_id, version.c.number, version.c.manifest_digest)
-    .join(artifact, artifact.c.id == version.c.artifact_id)
-    .where(version.c.state == "present")
+_KEYS = select(version.c.id, version.c.artifact_id, version.c.number, version.c.manifest_digest).join(
+    artifact, artifact.c.id == version.c.artifact_id
 )
 
 
-def resolve(connection: Connection, reference: Reference) -> VersionKey:
+def resolve(connection: Connection, reference: Reference, *, removed: bool = False) -> VersionKey:
     """The version that a reference names.
+
+    Args:
+        removed: also one that is not present; only for those who bring it back.
 
     Raises:
         ArtifactNotFound, VersionNotFound, TagNotFound: each says what there is.
         InvalidReference: a digest prefix that fits several versions.
     """
+    found = _fitting(connection, reference, removed=removed)
+    if not found:
+        raise _not_found(connection, reference)
+    if len(found) > 1:
+        numbers = ", ".join(f"@{key.number}" for key in reversed(found))
+        raise InvalidReference(f"{reference} is ambiguous: it fits {numbers}; give more digits")
+    return found[0]
+
+
+def _fitting(connection: Connection, reference: Reference, *, removed: bool) -> list[VersionKey]:
+    """The version that a reference names; of a digest prefix some of those that it fits, newest first."""
     statement = _KEYS.where(artifact.c.namespace == reference.namespace, artifact.c.name == reference.name)
+    if not removed:
+        statement = statement.where(version.c.state == "present")
     if reference.tag is not None and reference.moment is not None:
         statement = statement.where(version.c.id == _tag_at(connection, reference))
     elif reference.tag is not None:
@@ -136,13 +150,8 @@ def resolve(connection: Connection, reference: Reference) -> VersionKey:
     elif reference.moment is not None:
         statement = statement.where(version.c.created_at <= reference.moment)
     several = reference.digest is not None
-    rows = connection.execute(statement.order_by(version.c.number.desc()).limit(5 if several else 1)).all()
-    if not rows:
-        raise _not_found(connection, reference)
-    if len(rows) > 1:
-        numbers = ", ".join(f"@{row.number}" for row in reversed(rows))
-        raise InvalidReference(f"{reference} is ambiguous: it fits {numbers}; give more digits")
-    return VersionKey(*rows[0])
+    rows = connection.execute(statement.order_by(version.c.number.desc()).limit(5 if several else 1))
+    return [VersionKey(*row) for row in rows]
 
 
 def _tag_at(connection: Connection, reference: Reference) -> int | None:
@@ -161,9 +170,27 @@ def _tag_at(connection: Connection, reference: Reference) -> int | None:
     return row.version_id if row is not None and row.kind == "tag_moved" else None
 
 
+def gone(reference: str, state: str, *, pointer: str | None = None) -> VersionNotFound:
+    """The error about a version that is removed or purged.
+
+    Args:
+        reference: `namespace/name@number`.
+        pointer: the tag by which it was asked for.
+    """
+    subject = reference if pointer is None else f"{pointer} points to {reference}, which"
+    if state == "purged":
+        return VersionNotFound(f"{subject} was removed, and gc took its bytes; push it again")
+    return VersionNotFound(f"{subject} was removed; to bring it back: registry restore {reference}")
+
+
 def _not_found(connection: Connection, reference: Reference) -> NotFound:
     artifact_id = name_id(connection, reference.namespace, reference.name)
     if reference.tag is None:
+        hidden = _fitting(connection, reference, removed=True)
+        if hidden and (reference.number is not None or reference.digest is not None):
+            return _gone(connection, reference, hidden[0].id)
+        if hidden and reference.moment is None:
+            return VersionNotFound(f"{reference}: every version of it was removed; 'registry restore' takes a number")
         if reference.digest is not None:
             return VersionNotFound(f"{reference}: no version of {reference.artifact} has this digest")
         highest = connection.execute(select(artifact.c.last_number).where(artifact.c.id == artifact_id)).scalar()
@@ -178,13 +205,19 @@ def _not_found(connection: Connection, reference: Reference) -> NotFound:
             select(tag.c.version_id).where(tag.c.artifact_id == artifact_id, tag.c.name == reference.tag)
         ).scalar()
     if pointed is not None:
-        number = connection.execute(select(version.c.number).where(version.c.id == pointed)).scalar()
-        return VersionNotFound(f"{reference} points to {reference.artifact}@{number}, which was removed")
+        return _gone(connection, reference, pointed, pointer=str(reference))
     tags = connection.execute(
         select(tag.c.name).where(tag.c.artifact_id == artifact_id).order_by(tag.c.name).limit(20)
     ).scalars()
     known = ", ".join([*tags, "latest"])
     return TagNotFound(f"{reference}: no such tag; {reference.artifact} has {known}")
+
+
+def _gone(
+    connection: Connection, reference: Reference, version_id: int, *, pointer: str | None = None
+) -> VersionNotFound:
+    row = connection.execute(select(version.c.number, version.c.state).where(version.c.id == version_id)).one()
+    return gone(f"{reference.artifact}@{row.number}", row.state, pointer=pointer)
 
 
 _base_version = version.alias("base_version")

@@ -32,6 +32,13 @@ COMMANDS = {
     "log": "registry.cli.log",
     "diff": "registry.cli.diff",
     "annotate": "registry.cli.annotate",
+    "rm": "registry.cli.removal",
+    "restore": "registry.cli.removal",
+    "gc": "registry.cli.gc",
+    "fsck": "registry.cli.fsck",
+    "reindex": "registry.cli.reindex",
+    "export": "registry.cli.export",
+    "import": "registry.cli.import_",
     "upgrade": "registry.cli.places",
 }
 """Module by command; in it, the command's name with `_command` behind it."""

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from registry.core.findings import Finding
     from registry.core.layout import TensorSpec
     from registry.operations.difference import ComponentDifference, ModuleSide, Norms, ValueDifference
+    from registry.operations.exporting import ExportResult
+    from registry.operations.importing import ImportResult
     from registry.registry import Details, Difference, Lineage, PullResult, PushResult, Version
 
 
@@ -46,6 +48,43 @@ def pull_document(result: PullResult) -> dict[str, Any]:
         "path": str(result.path),
         "files": [str(path) for path in result.files],
         "bytes": result.bytes,
+    }
+
+
+def export_document(result: ExportResult) -> dict[str, Any]:
+    return {
+        "path": str(result.path),
+        "bytes": result.bytes,
+        "blobs": result.blobs,
+        "versions": [
+            {
+                "reference": one.reference,
+                "digest": sha256(one.digest),
+                "asked": one.asked,
+                "external": one.external,
+            }
+            for one in result.versions
+        ],
+    }
+
+
+def import_document(result: ImportResult) -> dict[str, Any]:
+    return {
+        "registry": result.registry,
+        "versions": [
+            {
+                "source": one.source,
+                "reference": one.reference,
+                "digest": sha256(one.digest),
+                "asked": one.asked,
+                "created": one.created,
+                "external": one.external,
+                "bytes_new": one.bytes_new,
+            }
+            for one in result.versions
+        ],
+        "tags": list(result.tags),
+        "notes": list(result.notes),
     }
 
 
@@ -146,7 +185,9 @@ def history_document(events: Iterable[Event]) -> dict[str, Any]:
         elif event.tag is not None:
             history["tags"].append(tag_event_document(event))
         elif event.kind != "pushed":
-            history["notes"].append({**said, "kind": event.kind, "text": event.payload.get("text")})
+            history["notes"].append(
+                {**said, "kind": event.kind, "text": event.payload.get("text", event.payload.get("why"))}
+            )
     return history
 
 
@@ -186,6 +227,7 @@ def lineage_document(lineage: Lineage) -> dict[str, Any]:
         "reference": lineage.names[lineage.id],
         "ancestors": edges(lineage.ancestors),
         "descendants": edges(lineage.descendants),
+        "removed": [lineage.names[one] for one in sorted(lineage.removed)],
     }
 
 

@@ -54,13 +54,14 @@ def lineage_text(lineage: Lineage) -> str:
 
 def _one_way(lineage: Lineage, *, up: bool) -> Iterator[str]:
     edges = lineage.ancestors if up else lineage.descendants
+    names = {one: f"{name}, removed" if one in lineage.removed else name for one, name in lineage.names.items()}
     if not edges:
         nothing = "came from nothing that is recorded" if up else "led to nothing yet"
-        yield f"{lineage.names[lineage.id]} {nothing}"
+        yield f"{names[lineage.id]} {nothing}"
         return
     following = _following(edges, up=up)
     heading = "came from" if up else "led to"
-    for index, tree in enumerate(_trees(lineage.id, following, lineage.names, heading)):
+    for index, tree in enumerate(_trees(lineage.id, following, names, heading)):
         if index:
             yield ""
         yield from drawn(tree, width() or ALL_COLUMNS)

@@ -154,7 +154,7 @@ def _in_words(event: Event) -> str:
         came = f"moved here (from @{payload['from']})" if payload.get("from") else "set here"
         done = came if event.kind == "tag_moved" else event.kind.removeprefix("tag_")
         return f"tag {event.tag} {done}{why}"
-    return f"{event.kind} {payload.get('text') or ''}".strip()
+    return f"{event.kind} {payload['text']}" if payload.get("text") else f"{event.kind}{why}"
 
 
 def _metric(value: float | str) -> str:

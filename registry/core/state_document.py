@@ -71,10 +71,14 @@ def read_state(document: bytes, tensors: Mapping[str, Any]) -> Any:
         InvalidManifest: not such a document, or it names a tensor that is not there.
     """
     try:
-        return _decode(parse_json(document), tensors, 0)
+        tree = parse_json(document)
+        found = _decode(tree, tensors, 0)
+        if canonical_json(tree, "a state document") != document:
+            raise InvalidManifest("a state document is not in canonical form (RFC 8785)")
+        return found
     except InvalidManifest:
         raise
-    except (ValueError, TypeError, KeyError, RecursionError, binascii.Error) as error:
+    except (ValueError, TypeError, LookupError, RecursionError, binascii.Error) as error:
         raise InvalidManifest(f"not a state document: {type(error).__name__}: {error}"[:200]) from error
 
 

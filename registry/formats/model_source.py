@@ -4,8 +4,9 @@ from saved to live names where the library that loads it can be asked."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import cache, partial
 
 from registry.core.layout import TensorSpec
 from registry.core.tensor_names import is_adapter_tensor
@@ -24,21 +25,18 @@ from registry.formats.model_folders import (
     plan_model_folder,
     read_shard_index,
 )
-from registry.formats.source import PlainFileInMemory, Source, TensorFile, read_small
+from registry.formats.source import Described, PlainFileInMemory, Source, TensorFile, read_small
 from registry.formats.tensor_files import open_tensor_file
 
 LIVE_NAMES = "live_names"
 """Role of the map among what is said of a version."""
 
 
-def read_model_folder(
-    listing: FolderListing, *, attachment_limit: int | None = ATTACHMENT_LIMIT, ask_live_names: bool = True
-) -> Source | None:
+def read_model_folder(listing: FolderListing, *, attachment_limit: int | None = ATTACHMENT_LIMIT) -> Source | None:
     """Opens a folder of transformers or diffusers.
 
     Args:
         attachment_limit: bytes of each file that is neither tensors nor a configuration; None: none of them is kept.
-        ask_live_names: False: without the map.
 
     Returns:
         None: it is no model folder.
@@ -58,7 +56,10 @@ def read_model_folder(
     with ExitStack() as stack:
         files, about_files = _open_files(listing, plan, stack)
         about_shards = _check_indices(plan, documents, files)
-        names, about_names = _live_names(plan, documents, files) if ask_live_names else ({}, ())
+        tensors = {
+            one.role: [spec for path in one.files for spec in _tensors_of(files[path], one.role)]
+            for one in plan.components
+        }
         kept = [*(PlainFileInMemory(path, data) for path, data in documents.items()), *beside]
         is_adapted = any(
             is_adapter_tensor(name) for file in files.values() for named in file.entries.values() for name, _ in named
@@ -68,8 +69,8 @@ def read_model_folder(
             kind="checkpoint" if is_adapted else "base",
             tensor_files=tuple(files.values()),
             plain_files=tuple(sorted(kept, key=lambda file: file.path)),
-            described={LIVE_NAMES: live_names_document(names)} if names else {},
-            notes=(*notes, *about_files, *about_shards, *about_names),
+            described_later={LIVE_NAMES: cache(partial(_live_names, plan, documents, tensors))},
+            notes=(*notes, *about_files, *about_shards),
             is_unchanged=listing.is_unchanged,
             resources=stack.pop_all(),
         )
@@ -110,23 +111,22 @@ def _check_indices(
 
 
 def _live_names(
-    plan: ModelFolder, documents: Mapping[str, bytes], files: Mapping[str, TensorFile]
-) -> tuple[dict[str, LiveNames], tuple[str, ...]]:
+    plan: ModelFolder, documents: Mapping[str, bytes], tensors: Mapping[str, Sequence[TensorSpec]]
+) -> Described:
     """The maps that there are, and notes on those that there are not."""
     maps: dict[str, LiveNames] = {}
     notes: list[str] = []
     for component in plan.components:
-        tensors = [spec for path in component.files for spec in _tensors_of(files[path], component.role)]
-        found = _names_of(component, documents[component.config], tensors)
+        found = _names_of(component, documents[component.config], tensors[component.role])
         if isinstance(found, LiveNames):
             maps[component.role] = found
             notes.extend(f"{component.role}: {note}" for note in found.notes)
         else:
             notes.append(f"no map to the live names of the {component.role}: {found.why}")
-    return maps, tuple(notes)
+    return Described(live_names_document(maps) if maps else None, tuple(notes))
 
 
-def _names_of(component: ModelComponent, config: bytes, tensors: list[TensorSpec]) -> LiveNames | NoLiveNames:
+def _names_of(component: ModelComponent, config: bytes, tensors: Sequence[TensorSpec]) -> LiveNames | NoLiveNames:
     if component.library == "diffusers":
         return diffusers_live_names(component.model_class or "", tensors, is_sharded=component.index is not None)
     if component.library is None:

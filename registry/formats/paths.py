@@ -42,7 +42,6 @@ def read_path(
     *,
     attachment_limit: int | None = ATTACHMENT_LIMIT,
     without: frozenset[str] = frozenset(),
-    ask_live_names: bool = True,
 ) -> Source:
     """Opens a PEFT folder, a folder that transformers or diffusers saved a model in, a safetensors file, or one of
     torch.save.
@@ -50,7 +49,6 @@ def read_path(
     Args:
         attachment_limit: bytes of each of a folder's other files, which are kept as they are; None: none is kept.
         without: files and folders in a folder that are as if they were not there.
-        ask_live_names: False: without the map to a model folder's live names, for which a process is started.
 
     Raises:
         SourceNotFound, InvalidInput, InvalidConfig, MalformedTensors, StorageError (it cannot be read)
@@ -60,8 +58,7 @@ def read_path(
     with source_errors(path):
         is_folder = stat.S_ISDIR(os.stat(path).st_mode)
     if is_folder:
-        listing = list_folder(path, without)
-        return read_folder(listing, attachment_limit=attachment_limit, ask_live_names=ask_live_names)
+        return read_folder(list_folder(path, without), attachment_limit=attachment_limit)
     with open_regular(path) as file, source_errors(path):
         head = file.read(512)
     if path.suffix != ".safetensors" and is_pickle(head):
@@ -76,9 +73,7 @@ def read_path(
     )
 
 
-def read_folder(
-    listing: FolderListing, *, attachment_limit: int | None = ATTACHMENT_LIMIT, ask_live_names: bool = True
-) -> Source:
+def read_folder(listing: FolderListing, *, attachment_limit: int | None = ATTACHMENT_LIMIT) -> Source:
     """Opens a PEFT folder or a model folder.
 
     Raises:
@@ -86,7 +81,7 @@ def read_folder(
     """
     source = None
     if ADAPTER_TENSORS not in listing.paths and ADAPTER_PICKLE not in listing.paths:
-        source = read_model_folder(listing, attachment_limit=attachment_limit, ask_live_names=ask_live_names)
+        source = read_model_folder(listing, attachment_limit=attachment_limit)
     return source or read_peft_folder(listing, attachment_limit=attachment_limit)
 
 

@@ -10,15 +10,40 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from registry.core.adapter_config import AdapterConfig
+from registry.core.annotations import MetadataValue, MetricValue
 from registry.core.errors import InvalidInput, MalformedTensors, RegistryError, SourceNotFound, StorageError
 from registry.core.layout import Layout
 from registry.core.reference import shown
 from registry.core.safetensors_header import Header, build_header, read_header
 
 CHUNK_BYTES = 4 << 20
+
+
+class KnownDigests(NamedTuple):
+    """Digests of a tensor file whose bytes are not here.
+
+    Attributes:
+        sha256: of the whole file.
+        tensors: of each tensor, in layout order.
+        nonfinite: ordinals of tensors that hold NaN or Inf.
+    """
+
+    sha256: str
+    tensors: tuple[str, ...]
+    nonfinite: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Said:
+    """What was said of an artifact in the registry that it comes from, at one time."""
+
+    metadata: Mapping[str, MetadataValue] = field(default_factory=dict)
+    metrics: Mapping[str, MetricValue] = field(default_factory=dict)
+    step: int | None = None
+    note: str | None = None
 
 
 class TensorFile(ABC):
@@ -33,6 +58,7 @@ class TensorFile(ABC):
         inserts: (byte of the skeleton, ordinal), ascending: where which tensor comes. A tensor that does not stand in
             the file as its plain bytes is in none of them; the skeleton then has what the file has in its place.
         skeleton_size: bytes of the file that are no inserted tensor.
+        known: its digests where its bytes are not here; asked for only where a version is recorded without its bytes.
     """
 
     path: str
@@ -41,6 +67,7 @@ class TensorFile(ABC):
     entries: dict[str, tuple[tuple[str, int], ...]]
     inserts: Sequence[tuple[int, int]]
     skeleton_size: int
+    known: KnownDigests | None = None
 
     @abstractmethod
     def tensor(self, ordinal: int) -> Iterator[memoryview]:
@@ -229,6 +256,18 @@ class PlainFileOnDisk(PlainFile):
         return self._open.is_unchanged()
 
 
+class Described(NamedTuple):
+    """What was found out for one role of what is kept beside a version.
+
+    Attributes:
+        data: the blob's bytes; None: there is none.
+        notes: why not, or what the user should know of it.
+    """
+
+    data: bytes | None
+    notes: tuple[str, ...] = ()
+
+
 @dataclass
 class Source:
     """An artifact, open for reading; close it after the push.
@@ -241,9 +280,14 @@ class Source:
         data: state documents (core.state_document) by component, for those that hold more than tensors. A component
             without a tensor stands here alone.
         metadata: what the artifact says of itself and users ask for, such as its epoch.
-        described: what is kept beside the version, by role (`probe`, `live_names`): blobs that an event names.
+        described: what is kept beside the version, by role (`probe`, `history`): blobs that an event names.
+        described_later: the same for what takes seconds to find out (`live_names`): asked for by a push whose version
+            has none yet.
         origin: where it came from, plain data for the `pushed` event: `path`, `hub_id`, `revision`.
         notes: what the user should know, such as files that were left out.
+        digest: of the manifest that must come of it, where the artifact was a version before.
+        environment: that it was pushed in, where that was another one than this.
+        said: what was said of it before, oldest first; said again of the version that is made of it.
         is_unchanged: whether what was listed when it was opened is there still; asked after everything was read.
     """
 
@@ -256,8 +300,12 @@ class Source:
     data: Mapping[str, bytes] = field(default_factory=dict)
     metadata: Mapping[str, object] = field(default_factory=dict)
     described: Mapping[str, bytes] = field(default_factory=dict)
+    described_later: Mapping[str, Callable[[], Described]] = field(default_factory=dict)
     origin: Mapping[str, str] | None = None
     notes: tuple[str, ...] = ()
+    digest: str | None = None
+    environment: Mapping[str, object] | None = None
+    said: tuple[Said, ...] = ()
     is_unchanged: Callable[[], bool] = lambda: True
     resources: ExitStack = field(default_factory=ExitStack)
 

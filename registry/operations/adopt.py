@@ -128,15 +128,12 @@ class _Work:
             parents=[] if item.continued_from is None else [("continued_from", item.continued_from, None)],
             external=item.external,
         )
-        source = open_artifact(step.artifact, self._attachments, ask_live_names=False)
+        source = open_artifact(step.artifact, self._attachments)
         source.origin = origin_of(step.artifact.place)
 
         def before_storing(described: Description) -> None:
             if not self._keep_duplicates:
                 self._refuse_same(item.name, described)
-            if step.artifact.form == "model" and not source.described:  # only now: to ask for live names takes seconds
-                with open_artifact(step.artifact, self._attachments, ask_live_names=True) as again:
-                    source.described, source.notes = again.described, again.notes
 
         result = push(self._context, source, request, before_storing=before_storing)
         return replace(

@@ -65,7 +65,7 @@ class NoArtifact(Exception):
     """It can be read as a whole, and is nothing that a registry keeps."""
 
 
-def open_artifact(artifact: Artifact, attachments: Attachments, *, ask_live_names: bool) -> Source:
+def open_artifact(artifact: Artifact, attachments: Attachments) -> Source:
     """Opens it for a push.
 
     Raises:
@@ -79,7 +79,7 @@ def open_artifact(artifact: Artifact, attachments: Attachments, *, ask_live_name
         without |= unwanted.keys()
         notes = [f"left out ({why}): {shown(path, 200)}" for path, why in sorted(unwanted.items())]
     limit = attachments.limit if attachments.keep else None
-    source = read_path(artifact.place, attachment_limit=limit, without=without, ask_live_names=ask_live_names)
+    source = read_path(artifact.place, attachment_limit=limit, without=without)
     source.notes = (*source.notes, *notes)
     return source
 
@@ -112,7 +112,7 @@ def look_at(artifact: Artifact, attachments: Attachments) -> Look:
     if artifact.broken is not None:
         raise InvalidInput(f"{shown(artifact.path, 200)}: {artifact.broken}")
     try:
-        with open_artifact(artifact, attachments, ask_live_names=False) as source:
+        with open_artifact(artifact, attachments) as source:
             return _look(source, artifact)
     except InvalidInput as error:
         if artifact.form == "file" and _is_whole_pickle(artifact.place):

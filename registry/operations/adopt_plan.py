@@ -292,8 +292,8 @@ def _asked_live_names(artifact: Artifact) -> Mapping[str, Mapping[str, object]]:
     if artifact.form != "model":
         return {}
     try:
-        with open_artifact(artifact, Attachments(keep=False), ask_live_names=True) as source:
-            document = source.described.get(LIVE_NAMES)
+        with open_artifact(artifact, Attachments(keep=False)) as source:
+            document = source.described_later[LIVE_NAMES]().data
     except RegistryError:
         return {}  # its own push says why
     return live_names_by_component(document) if document else {}

@@ -5,18 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import Connection, func, insert, select
 
-from registry.catalog.engine import create_sqlite, open_database
+from registry.catalog.engine import Database, create_sqlite, open_database
 from registry.catalog.schema import revision, upgrade
 from registry.catalog.tables import registry_meta
 from registry.core.errors import (
     Conflict,
+    Corrupt,
     InvalidInput,
     NoSpace,
     ReadOnly,
@@ -74,7 +75,8 @@ def locate(url: str | os.PathLike[str] | None = None) -> Location:
     here = working_folder()
     for folder in (here, *here.parents):
         with storage_errors(f"look for a registry in {folder / FOLDER}", writing=False):
-            if (folder / FOLDER / CATALOG).is_file():
+            # Also where the catalog is lost: another registry would not be the one that was meant.
+            if any((folder / FOLDER / name).is_file() for name in (CATALOG, MARKER)):
                 return Location(str(folder / FOLDER))
     from platformdirs import user_data_path
 
@@ -127,15 +129,25 @@ def _create_embedded(folder: Path) -> tuple[Context, bool]:
         if not catalog.exists():
             try:
                 _refuse_foreign(folder)
-                made = _make_catalog(catalog, _make_store(folder))
+                made = make_catalog(catalog, _make_store(folder))
             except Conflict:
                 if not catalog.exists():  # else another init was faster, and may have had its first push
                     raise
     return open_registry(Location(str(folder))), made
 
 
-def _make_catalog(catalog: Path, registry_id: str) -> bool:
+def make_catalog(
+    catalog: Path,
+    registry_id: str,
+    fill: Callable[[Connection], None] | None = None,
+    *,
+    before_naming: Callable[[], None] = lambda: None,
+) -> bool:
     """Makes the database beside its place and then gives it its name, so that half of one is never seen.
+
+    Args:
+        fill: fills it, in the transaction that makes it.
+        before_naming: called when it is finished.
 
     Returns:
         False where another process was first.
@@ -148,13 +160,16 @@ def _make_catalog(catalog: Path, registry_id: str) -> bool:
         try:
             with database.upgrading() as connection:
                 upgrade(connection)
-                _write_meta(connection, registry_id, None)
+                write_meta(connection, registry_id, None)
+                if fill is not None:
+                    fill(connection)
         finally:
             database.close()
         if wal.exists():  # closing moves it into the file, and is silent about a full disk
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        before_naming()
         made = durable.name_once(temporary, catalog)
         durable.sync_folder(catalog.parent)
         return made
@@ -187,7 +202,7 @@ def _make_store(root: Path) -> str:
     if next(store.journal.names(), None) is not None:
         raise Conflict(
             f"the store at {root} belongs to registry {store.registry_id} and is in use; its catalog is not here: "
-            "put the catalog back, or choose another folder"
+            "make it again with 'registry reindex', put it back, or choose another folder"
         )
     return store.registry_id
 
@@ -226,13 +241,13 @@ def _create_on_server(location: Location, store: str | None) -> tuple[Context, b
                 with _creating(root):
                     if (root / CATALOG).exists():
                         raise Conflict(f"{root} is a registry of its own; choose another folder for the blobs")
-                    _write_meta(connection, _make_store(root), str(root))
+                    write_meta(connection, _make_store(root), str(root))
     finally:
         database.close()
     return open_registry(location), made
 
 
-def _write_meta(connection: Connection, registry_id: str, store_url: str | None) -> None:
+def write_meta(connection: Connection, registry_id: str, store_url: str | None) -> None:
     connection.execute(
         insert(registry_meta).values(
             one=1, registry_id=registry_id, store_format=STORE_FORMAT, store_url=store_url, created_at=now()
@@ -251,13 +266,20 @@ def open_registry(location: Location) -> Context:
         with storage_errors(f"open {location.url}", writing=False):
             if Path(location.url).is_file():
                 raise InvalidInput(f"{location.url} is a file; a registry is a folder (or a postgresql:// URL)")
-    database = open_database(location.database)
     try:
-        database.check()
+        database = open_database(location.database)
+    except RegistryNotFound as error:
+        raise _lost(location) or error from None
+    try:
+        try:
+            database.check()
+        except RegistryNotFound as error:
+            raise _lost(location) or error from None
         with database.reading() as connection:
             meta = connection.execute(select(registry_meta)).one_or_none()
         if meta is None:
-            raise RegistryNotFound(f"{database.what} was never finished; run 'registry init' again")
+            lost = _lost(location)
+            raise lost or RegistryNotFound(f"{database.what} was never finished; run 'registry init' again")
         if meta.store_format > STORE_FORMAT:
             raise SchemaOutOfDate(
                 f"{database.what} has store format {meta.store_format}, expected {STORE_FORMAT}: upgrade the program"
@@ -271,6 +293,18 @@ def open_registry(location: Location) -> Context:
         database.close()
         raise
     return context
+
+
+def _lost(location: Location) -> Corrupt | None:
+    """The error for a store in use whose catalog is not there."""
+    if not location.is_path or not (Path(location.url) / MARKER).is_file():
+        return None
+    if next(open_store(location.url).journal.names(), None) is None:
+        return None
+    return Corrupt(
+        f"the registry {location.url} has lost its catalog ({CATALOG}); make it again from the journal: registry "
+        f"reindex --registry {location.url} (a catalog on a server is named by its URL)"
+    )
 
 
 def _open_its_store(catalog: str, registry_id: str, url: str) -> Store:
@@ -310,3 +344,47 @@ def upgrade_registry(location: Location) -> tuple[str | None, str | None]:
             return before, revision(connection)
     finally:
         database.close()
+
+
+@dataclass(frozen=True)
+class Unchanged:
+    """A registry opened to be looked at, whatever state it is in.
+
+    Attributes:
+        database: None where the catalog is missing or cannot be read; `fault` says why.
+        registry_id: as the catalog has it.
+    """
+
+    what: str
+    database: Database | None
+    registry_id: str | None
+    store_url: str
+    fault: str
+
+
+def open_unchanged(location: Location) -> Unchanged:
+    """Opens a registry without writing anything, its outbox included.
+
+    Raises:
+        RegistryNotFound: there is neither a catalog nor a store.
+        SchemaOutOfDate, StoreUnreachable
+    """
+    database: Database | None = None
+    try:
+        database = open_database(location.database)
+        database.check()
+        with database.reading() as connection:
+            meta = connection.execute(select(registry_meta)).one_or_none()
+        if meta is None:
+            raise RegistryNotFound(f"{database.what} was never finished")
+        return Unchanged(database.what, database, meta.registry_id, meta.store_url or location.url, "")
+    except (RegistryNotFound, Corrupt) as error:
+        if database is not None:
+            database.close()
+        if not location.is_path or not (Path(location.url) / MARKER).is_file():
+            raise
+        return Unchanged(location.database, None, None, location.url, str(error).partition(";")[0])
+    except BaseException:
+        if database is not None:
+            database.close()
+        raise

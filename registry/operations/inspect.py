@@ -11,6 +11,7 @@ from sqlalchemy import Connection
 from registry.catalog.annotation_rows import metadata_of, metrics_of
 from registry.catalog.journal_rows import events_of
 from registry.catalog.lineage import Edge, references, walk
+from registry.catalog.removal import states
 from registry.catalog.search import Search, find_ids
 from registry.catalog.versions import VersionKey, VersionRecord, records, resolve
 from registry.core.annotations import MetadataValue, MetricValue
@@ -51,12 +52,14 @@ class Lineage:
 
     Attributes:
         names: `namespace/name@number` by row id, for every version in the edges.
+        removed: row ids of those that are not there any more.
     """
 
     id: int
     ancestors: tuple[Edge, ...]
     descendants: tuple[Edge, ...]
     names: dict[int, str]
+    removed: frozenset[int] = frozenset()
 
 
 def search(
@@ -126,7 +129,8 @@ def lineage(context: Context, reference: str) -> Lineage:
         ancestors = walk(connection, key.id, up=True)
         descendants = walk(connection, key.id, up=False)
         ids = {key.id, *(i for edge in (*ancestors, *descendants) for i in (edge.child_id, edge.parent_id))}
-        return Lineage(key.id, tuple(ancestors), tuple(descendants), references(connection, sorted(ids)))
+        removed = frozenset(one for one, state in states(connection, ids).items() if state != "present")
+        return Lineage(key.id, tuple(ancestors), tuple(descendants), references(connection, sorted(ids)), removed)
 
 
 def found_of(connection: Connection, ids: Sequence[int]) -> list[Found]:

@@ -87,11 +87,13 @@ def _load_and_prove(
         raise InvalidInput(f"a probe is of a version's own function, not of its component {shown(component)}")
     from registry.formats.live import find_adapted
     from registry.formats.proof import prove
+    from registry.formats.quiet_run import refuse_unrunnable
     from registry.formats.tuner_layers import refuse_inactive
     from registry.operations.proving import read_version_probe
 
     # All that can be refused is refused before the model is changed.
     pinned, probe = read_version_probe(context, reference)
+    refuse_unrunnable(model)
     holder = find_adapted(model)
     if holder is not None and adapter_name is not None:
         refuse_inactive(holder, adapter_name)

@@ -3,6 +3,8 @@ its version, because it depends on the machine that made it."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from registry.catalog.descriptions import descriptions_of
@@ -20,9 +22,10 @@ if TYPE_CHECKING:
     from registry.formats.proof import Proof
 
 ROLE = "probe"
+AUTOMATIC = "auto"
 
 
-def add_probe(opened: Source, source: object, wanted: Any, adapter_name: str | None) -> None:
+def add_probe(opened: Source, source: Any, wanted: Any, adapter_name: str | None) -> None:
     """Makes a probe of what is pushed, or notes why there is none.
 
     Args:
@@ -30,13 +33,12 @@ def add_probe(opened: Source, source: object, wanted: Any, adapter_name: str | N
         wanted: `probe=` of `Registry.push`.
 
     Raises:
-        InvalidInput: inputs were given that the source does not take.
+        InvalidInput: inputs were given that the source does not take, or that is no live model.
         ModelChanged
     """
-    from torch import nn
-
-    if not isinstance(source, nn.Module):
-        refuse_inputs(wanted, opened.form)
+    if isinstance(source, Source | str | os.PathLike | Mapping):
+        if not isinstance(wanted, bool) and not (isinstance(wanted, str) and wanted == AUTOMATIC):
+            raise InvalidInput(f"a {opened.form} computes nothing, so probe= has no use; push the live model instead")
         return
     from registry.formats.live import choose_adapter, find_adapted
     from registry.formats.probing import NoProbe, make_probe
@@ -48,15 +50,6 @@ def add_probe(opened: Source, source: object, wanted: Any, adapter_name: str | N
         opened.notes += () if found.note is None else (found.note,)
     else:
         opened.described = {**opened.described, ROLE: found.to_bytes()}
-
-
-def refuse_inputs(wanted: Any, form: str) -> None:
-    """
-    Raises:
-        InvalidInput: inputs were given for something that cannot be called.
-    """
-    if not isinstance(wanted, bool | str):
-        raise InvalidInput(f"a {form} computes nothing, so probe= has no use; push the live model, or leave probe= out")
 
 
 def read_version_probe(context: Context, reference: str) -> tuple[str, Probe]:

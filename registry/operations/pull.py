@@ -62,7 +62,7 @@ def pull(
         record = records(connection, [key.id])[0]
         contents = read_contents(connection, key.id)
     refuse_external(contents, record.reference)
-    with BlobReader(context.store.blobs) as reader, _write_errors(destination):
+    with BlobReader(context.store.blobs) as reader, write_errors(destination):
         files = outputs(context.store.blobs, reader, record, contents, wanted)
         single = len(files) == 1 and format != "peft"
         written = _write(files, _place(destination, files, single), single, force)
@@ -149,7 +149,7 @@ def _put_in_place(made: Path, target: Path, paths: list[str], single: bool) -> l
 
 
 @contextmanager
-def _write_errors(destination: Path) -> Iterator[None]:
+def write_errors(destination: Path) -> Iterator[None]:
     """Turns errors of the system about the destination into ours; those of the store are ours already."""
     try:
         yield

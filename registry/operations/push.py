@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy import Connection
 
-from registry.catalog import annotation_rows, blobs, insertion, tags
+from registry.catalog import annotation_rows, blobs, insertion, removal, tags
 from registry.catalog.descriptions import add_descriptions, descriptions_of
 from registry.catalog.names import LockedName, name_id
 from registry.catalog.versions import VersionKey, kind_of_version, resolve, same_content, tags_of, version_by_digest
@@ -24,17 +23,20 @@ from registry.core.annotations import (
     read_metadata,
     read_metrics,
 )
-from registry.core.errors import ArtifactNotFound, InUse, InvalidInput, NotFound
+from registry.core.digest import sha256_hex
+from registry.core.errors import ArtifactNotFound, DigestMismatch, InUse, InvalidInput, NotFound
 from registry.core.event import Event
 from registry.core.findings import Finding
 from registry.core.manifest import KINDS, RELATIONS, Parent
 from registry.core.reference import check_new_tag, parse_push_target, parse_reference, shown
 from registry.formats.origin import origin_of
-from registry.formats.source import Source
+from registry.formats.source import Said, Source
 from registry.operations.context import Context, actor, now
+from registry.operations.deleting import finish_deleting
 from registry.operations.describing import Description, describe
-from registry.operations.environment import Environment, capture
-from registry.operations.proving import add_probe, refuse_inputs
+from registry.operations.environment import capture
+from registry.operations.opening import Opening, open_source
+from registry.operations.proving import add_probe
 from registry.operations.writing import (
     StoredVersion,
     changed,
@@ -149,42 +151,6 @@ def check_request(
     )
 
 
-@dataclass(frozen=True)
-class Opening:
-    """How a source is opened.
-
-    Attributes:
-        adapter_name: which adapter of a live model; its active one by default.
-        attachments: whether a folder's other files are kept.
-        attachment_limit: bytes of one of them; None: the default.
-        probe: whether and with what a live model is probed; see `Registry.push`.
-    """
-
-    adapter_name: str | None = None
-    attachments: bool = True
-    attachment_limit: int | None = None
-    probe: Any = True
-
-
-def open_source(source: object, *, kind: str | None, how: Opening) -> Source:
-    """Opens whatever was given to a push; a source that is open already is taken as it is."""
-    if isinstance(source, Source):
-        refuse_inputs(how.probe, source.form)
-        return source
-    if isinstance(source, str | os.PathLike):
-        from registry.formats.attachments import ATTACHMENT_LIMIT
-        from registry.formats.paths import read_path
-
-        refuse_inputs(how.probe, "file or folder")
-        limit = ATTACHMENT_LIMIT if how.attachment_limit is None else how.attachment_limit
-        return read_path(Path(source), attachment_limit=limit if how.attachments else None)
-    from registry.formats.live import read_live
-
-    opened = read_live(source, kind=kind, adapter_name=how.adapter_name)
-    add_probe(opened, source, how.probe, how.adapter_name)
-    return opened
-
-
 def push(
     context: Context,
     source: object,
@@ -200,24 +166,27 @@ def push(
             lock of the name where it is not there yet; what it raises ends the push.
     """
     context.require_writable()
-    with open_source(source, kind=request.kind, how=how or Opening()) as opened:
+    how = how or Opening()
+    with open_source(source, kind=request.kind, how=how) as opened:
         kind = request.kind or opened.kind
         if request.external and kind == "adapter":
             raise InvalidInput(f"the {opened.form} is an adapter; only bases and checkpoints are recorded as external")
         if request.external and opened.origin is None and isinstance(source, str | os.PathLike):
             opened.origin = origin_of(Path(source))
         _set_role(opened, kind)
-        environment = capture()
+        add_probe(opened, source, how.probe, how.adapter_name)
+        environment = opened.environment or capture().to_json()
         for attempt in range(ATTEMPTS):
             try:
                 result, events = _push_once(context, opened, kind, request, environment, before_storing)
             except InUse:
-                # gc was deleting a blob that this push needs; by now it is gone, so it is stored again.
                 if attempt == ATTEMPTS - 1:
                     raise
+                # gc was deleting a blob that this push needs: once it is gone it can be stored again.
+                finish_deleting(context)
             else:
                 context.journal(events)
-                return replace(result, notes=opened.notes)
+                return replace(result, notes=(*opened.notes, *result.notes))
     raise AssertionError("unreachable")
 
 
@@ -249,12 +218,14 @@ class _Known:
     """What the catalog has of a version before its push ends.
 
     Attributes:
+        state: `present`, `removed` or `purged`.
         external: blobs that are recorded without their bytes.
-        described: roles of blobs that events name.
+        described: digests of blobs that events name, by role.
     """
 
-    external: frozenset[str] = frozenset()
-    described: frozenset[str] = frozenset()
+    state: str
+    external: frozenset[str]
+    described: Mapping[str, str]
 
 
 def _push_once(
@@ -262,7 +233,7 @@ def _push_once(
     source: Source,
     kind: str,
     request: Request,
-    environment: Environment,
+    environment: Mapping[str, object],
     before_storing: Callable[[Description], None] | None,
 ) -> tuple[PushResult, list[Event]]:
     with context.reading() as connection:
@@ -271,30 +242,44 @@ def _push_once(
     bytes_added = 0
     filled: frozenset[str] = frozenset()
     descriptions: dict[str, blobs.NewBlob] = {}
+    notes: list[str] = []
     with context.store.blobs.batch() as batch:
         files = digest_files(context, source, batch, ancestry.base_tensors, external=request.external)
         plain_files = write_plain_files(source, batch)
         base = None if ancestry.base is None else ancestry.base.digest
         parents = [parent for parent, _ in ancestry.parents]
         described = describe(source, kind, files, plain_files, base=base, parents=parents)
+        if source.digest not in (None, described.manifest.digest):
+            what = f"the {source.form} as a version of {request.namespace}/{request.name}"
+            raise DigestMismatch(what, expected=str(source.digest), actual=described.manifest.digest)
         if before_storing is not None:
             before_storing(described)
         known = _known(context, request, described.manifest.digest)
-        if known is None:
+        if known is None or known.state == "purged":
             stored = store_version(context, source, described, files, plain_files, batch, external=request.external)
         elif known.external and not request.external:
             filled = known.external
             bytes_added = store_missing(context, files, filled, batch)
         if not source.is_unchanged():
             raise changed(f"the {source.form}")
-        for role, data in source.described.items():
+        found = dict(source.described)
+        for role, find_out in source.described_later.items():
             if known is None or role not in known.described:
+                later = find_out()
+                notes += later.notes
+                if later.data is not None:
+                    found[role] = later.data
+        for role, data in found.items():
+            there = None if known is None else known.described.get(role)
+            if there is None:
                 put = batch.put([data])
                 descriptions[role] = blobs.NewBlob(put.digest, put.size)
                 bytes_added += put.size if put.created else 0
+            elif there != sha256_hex(data):
+                notes.append(f"the version keeps the {role} that it has; that of this push is another")
         if stored is not None:
             stored = replace(stored, bytes_new=stored.bytes_new + bytes_added)
-        if known is None or filled or descriptions:  # else the batch is dropped as it is
+        if stored is not None or filled or descriptions:  # else the batch is dropped as it is
             batch.commit()
     with context.writing() as connection:
         name = context.lock(connection, request.namespace, request.name, create=True)
@@ -305,11 +290,26 @@ def _push_once(
                 before_storing(described)
             if stored is None:
                 raise InUse(f"{request.namespace}/{request.name} changed during the push; push again")
-            version = _insert(context, name, source, described, stored, ancestry, request, environment)
+            new = _new_version(source, described, stored, ancestry, request, environment)
+            version = insertion.insert_version(name, new)
+        elif stored is not None:
+            insertion.put_back(name, version, _new_version(source, described, stored, ancestry, request, environment))
+            notes.append("gc had taken its bytes, and it is back")
+        elif removal.states(connection, [version.id])[version.id] == "purged":
+            raise InUse(f"{request.namespace}/{request.name} changed during the push; push again")
+        elif removal.restore(name, version, actor=actor(), at=now(), why=insertion.PUSHED_AGAIN) is not None:
+            notes.append("it had been removed, and is back")
+        if stored is not None:
             bytes_added = stored.bytes_new
+            _require_blobs(context, stored.blobs)
         if filled:
             blobs.mark_present(connection, filled)
+        for role in descriptions_of(connection, version.id):  # another push may have been faster
+            descriptions.pop(role, None)
         add_descriptions(name, version, descriptions, actor=actor(), at=now())
+        _require_blobs(context, descriptions.values())
+        if created:
+            _say_again(name, version, source.said)
         _annotate(name, version, request, source.metadata if created else {}, created=created)
         name.save()
         result = PushResult(
@@ -323,6 +323,7 @@ def _push_once(
             bytes_new=bytes_added,
             same_content_as=same_content(connection, name.id, described.content_digest, version.number),
             findings=described.findings,
+            notes=tuple(notes),
         )
     return result, name.appended
 
@@ -369,46 +370,57 @@ def _known(context: Context, request: Request, digest: str) -> _Known | None:
             tags.refuse_protected(connection, identifier, f"{request.namespace}/{request.name}", request.tags)
             return None
         external = blobs.external_of_version(connection, known.id)
-        return _Known(frozenset(external), frozenset(descriptions_of(connection, known.id)))
+        state = removal.states(connection, [known.id])[known.id]
+        return _Known(state, frozenset(external), descriptions_of(connection, known.id))
 
 
-def _insert(
-    context: Context,
-    name: LockedName,
+def _new_version(
     source: Source,
     described: Description,
     stored: StoredVersion,
     ancestry: _Ancestry,
     request: Request,
-    environment: Environment,
-) -> VersionKey:
-    version = insertion.insert_version(
-        name,
-        insertion.NewVersion(
-            manifest=described.manifest,
-            content_digest=described.content_digest,
-            layouts=described.layouts,
-            targets=described.targets,
-            placement=stored.placement,
-            blobs=stored.blobs,
-            base_id=None if ancestry.base is None else ancestry.base.id,
-            parents=tuple((parent.relation, key.id, parent.weight) for parent, key in ancestry.parents),
-            bytes_new=stored.bytes_new,
-            peft_version=source.peft_version,
-            environment=environment.to_json(),
-            message=request.message,
-            findings=described.findings,
-            nonfinite=described.nonfinite,
-            origin=source.origin,
-            created_by=actor(),
-            created_at=now(),
-        ),
+    environment: Mapping[str, object],
+) -> insertion.NewVersion:
+    return insertion.NewVersion(
+        manifest=described.manifest,
+        content_digest=described.content_digest,
+        layouts=described.layouts,
+        targets=described.targets,
+        placement=stored.placement,
+        blobs=stored.blobs,
+        base_id=None if ancestry.base is None else ancestry.base.id,
+        parents=tuple((parent.relation, key.id, parent.weight) for parent, key in ancestry.parents),
+        bytes_new=stored.bytes_new,
+        peft_version=source.peft_version,
+        environment=environment,
+        message=request.message,
+        findings=described.findings,
+        nonfinite=described.nonfinite,
+        origin=source.origin,
+        created_by=actor(),
+        created_at=now(),
     )
-    # After the rows stand: gc cannot mark these blobs any more, so what is there now stays.
-    for blob in stored.blobs:
+
+
+def _require_blobs(context: Context, stored: Iterable[blobs.NewBlob]) -> None:
+    """After their rows stand: gc cannot mark these blobs any more, so what is there now stays.
+
+    Raises:
+        InUse
+    """
+    for blob in stored:
         if not blob.external and not context.store.blobs.contains(blob.digest):
             raise InUse(f"blob {blob.digest} was deleted during the push; push again")
-    return version
+
+
+def _say_again(name: LockedName, version: VersionKey, said: Sequence[Said]) -> None:
+    by, at = actor(), now()
+    for one in said:
+        annotation_rows.set_metadata(name, version, one.metadata, actor=by, at=at)
+        annotation_rows.set_metrics(name, version, one.metrics, step=one.step, actor=by, at=at)
+        if one.note is not None:
+            name.append("note", {"text": one.note}, actor=by, at=at, version=(version.id, version.number))
 
 
 def _annotate(

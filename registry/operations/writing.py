@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from registry.catalog.blobs import NewBlob, StoredTensor, find_tensors, find_together
 from registry.core.digest import tensor_hasher
-from registry.core.errors import InvalidInput
+from registry.core.errors import BlobNotFound, InvalidInput
 from registry.core.layout import Layout
 from registry.core.placement import FilePlacement, Placement, Splice
 from registry.core.safetensors_header import build_header
@@ -83,6 +83,8 @@ def digest_files(
             hasher = FileHasher(file, whole=False)
             staged = batch.put(hasher.chunks())
             digests = FileDigests(staged.digest, hasher.digests.tensors, hasher.digests.nonfinite)
+        elif external and file.known is not None:
+            digests = FileDigests(*file.known)
         else:
             digests = hash_file(file)
         if not file.is_unchanged():
@@ -123,9 +125,8 @@ def _plan(context: Context, file: TensorFile, digests: FileDigests, base_tensors
 
     def present(stored: StoredTensor) -> bool:
         if stored.blob not in usable:
-            blobs = context.store.blobs
             # A torn blob is no place to take a tensor from: its bytes are here, and are stored again.
-            usable[stored.blob] = blobs.contains(stored.blob) and blobs.size(stored.blob) == stored.blob_size
+            usable[stored.blob] = _size_in_store(context, stored.blob) == stored.blob_size
         return usable[stored.blob]
 
     own = set(digests.tensors)
@@ -134,6 +135,13 @@ def _plan(context: Context, file: TensorFile, digests: FileDigests, base_tensors
         for offered in (base_tensors, *together)
     ]
     return plan_reuse(file.layout, digests.tensors, candidates, file_size=file.size)
+
+
+def _size_in_store(context: Context, digest: str) -> int | None:
+    try:
+        return context.store.blobs.size(digest)
+    except BlobNotFound:  # gc may take it at any moment before this push has rows that need it
+        return None
 
 
 def store_version(
@@ -254,7 +262,7 @@ class _Writer:
             position = self._tensors_blob(stored, layout, [digests.tensors[ordinal] for ordinal in plan.new])
             where = {ordinal: (position, place) for place, ordinal in enumerate(plan.new)}
         for ordinal, reused in plan.reused.items():
-            where[ordinal] = (self._reused_blob(reused.blob), reused.ordinal)
+            where[ordinal] = (self._reused_blob(reused), reused.ordinal)
         for ordinal, first in plan.repeats.items():
             where[ordinal] = where[first]
         skeleton = self.add(self._batch.put(_skeleton(file)), "header")
@@ -263,10 +271,9 @@ class _Writer:
     def whole_file(self, written: WrittenFile) -> StoredBlob:
         """The file as one blob."""
         file, digests = written.file, written.digests
-        blobs = self._context.store.blobs
         if written.staged is not None:
             return written.staged
-        if blobs.contains(digests.sha256) and blobs.size(digests.sha256) == file.size:
+        if _size_in_store(self._context, digests.sha256) == file.size:
             return StoredBlob(digests.sha256, file.size, created=False)
         stored = self._batch.put(file.chunks())
         if stored.digest != digests.sha256:
@@ -277,9 +284,9 @@ class _Writer:
         blob = NewBlob(stored.digest, stored.size, layout, tuple(tensors), self._index_all)
         return self._add(stored, "tensors", blob)
 
-    def _reused_blob(self, digest: str) -> int:
-        size = self._context.store.blobs.size(digest)
-        return self._add(StoredBlob(digest, size, created=False), "reused", NewBlob(digest, size))
+    def _reused_blob(self, stored: StoredTensor) -> int:
+        blob = NewBlob(stored.blob, stored.blob_size)
+        return self._add(StoredBlob(blob.digest, blob.size, created=False), "reused", blob)
 
     def add(self, stored: StoredBlob, role: str) -> int:
         """Takes in a blob without tensors; its position in the placement."""

@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from io import BufferedReader
 from pathlib import Path
 
@@ -103,13 +104,24 @@ def is_regular(path: Path) -> bool:
 
 def regular_size(path: Path) -> int | None:
     """Bytes of a regular file, None where there is none; raises as `open_regular`."""
+    found = _regular(path)
+    return None if found is None else found.st_size
+
+
+def regular_modified(path: Path) -> datetime | None:
+    """When a regular file was written last, UTC; None where there is none; raises as `open_regular`."""
+    found = _regular(path)
+    return None if found is None else datetime.fromtimestamp(found.st_mtime, UTC)
+
+
+def _regular(path: Path) -> os.stat_result | None:
     with storage_errors(f"look at {path}", writing=False):
         try:
             found = os.lstat(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
         _check_regular(path, found)
-        return found.st_size
+        return found
 
 
 def _check_regular(path: Path, found: os.stat_result) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -26,6 +27,19 @@ class StoredBlob:
     digest: str
     size: int
     created: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Temporary:
+    """What a writer has begun and not ended.
+
+    Attributes:
+        name: by which `Store.remove_temporary` knows it.
+        size: bytes.
+    """
+
+    name: str
+    size: int
 
 
 class BlobBatch(Protocol):
@@ -81,6 +95,14 @@ class BlobStore(Protocol):
 
     def size(self, digest: str) -> int:
         """Bytes of a blob.
+
+        Raises:
+            BlobNotFound
+        """
+        ...
+
+    def modified_at(self, digest: str) -> datetime:
+        """When the blob was written last, UTC.
 
         Raises:
             BlobNotFound
@@ -171,3 +193,12 @@ class Store(Protocol):
 
     @property
     def journal(self) -> Journal: ...
+
+    def stale_temporaries(self, before: datetime) -> list[Temporary]:
+        """What writers left that were killed: nothing was written to it since this time. A batch that is alive may be
+        that slow too."""
+        ...
+
+    def remove_temporary(self, name: str) -> None:
+        """Removes one of `stale_temporaries`; one that is not there is no error. For `gc` alone."""
+        ...

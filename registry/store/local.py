@@ -6,13 +6,14 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 from registry.core.errors import Conflict, Corrupt, InvalidInput, RegistryNotFound, SchemaOutOfDate
 from registry.core.reference import shown
 from registry.store import durable, files
+from registry.store.interface import Temporary
 from registry.store.local_blobs import LocalBlobStore
 from registry.store.local_journal import LocalJournal
 
@@ -81,19 +82,18 @@ class LocalStore:
             os.access(_existing(self.root / folder), os.W_OK | os.X_OK) for folder in ("blobs/sha256", "journal", "tmp")
         )
 
-    def stale_temporaries(self, older_than: float) -> list[Path]:
-        """Files that a crashed writer left, for `gc`.
-
-        Args:
-            older_than: seconds since the last write to them; a batch that is alive may be that slow too.
-        """
-        limit = time.time() - older_than
+    def stale_temporaries(self, before: datetime) -> list[Temporary]:
+        limit = before.timestamp()
         stale = []
         for entry in files.entries(self.root / "tmp"):
             with files.storage_errors(f"look at {entry.path}", writing=False), suppress(FileNotFoundError):
-                if not entry.is_dir(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_mtime < limit:
-                    stale.append(Path(entry.path))
+                found = entry.stat(follow_symlinks=False)
+                if not entry.is_dir(follow_symlinks=False) and found.st_mtime < limit:
+                    stale.append(Temporary(entry.name, found.st_size))
         return stale
+
+    def remove_temporary(self, name: str) -> None:
+        durable.remove(self.root / "tmp" / Path(name).name)
 
 
 def _existing(path: Path) -> Path:

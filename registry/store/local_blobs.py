@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from io import BufferedReader
 from pathlib import Path
 
@@ -47,6 +48,12 @@ class LocalBlobStore:
         if size is None:
             raise self._missing(digest)
         return size
+
+    def modified_at(self, digest: str) -> datetime:
+        modified = files.regular_modified(blob_path(self._folder, digest))
+        if modified is None:
+            raise self._missing(digest)
+        return modified
 
     def contains(self, digest: str) -> bool:
         return files.is_regular(blob_path(self._folder, digest))

@@ -45,6 +45,8 @@ def test_every_command_has_help_with_an_example(run: Run, name: str) -> None:
 def test_every_example_runs(run: Run, here: Path, artifacts: Path, name: str) -> None:
     shutil.copy(artifacts / "base.safetensors", here / "base.safetensors")
     shutil.copytree(artifacts / "first", here / "out")
+    if name == "import":
+        assert run("export", "walk/perturb:prod", "--to", "perturb.tar").code == 0
     for words in examples(name):
         if any(word.startswith("postgresql://") for word in words):
             continue  # tested on a server in test_places.py

@@ -53,6 +53,7 @@ def imported(folder: Path, *words: str, code: int = 0) -> set[str]:
         ["log", "walk/perturb", "--json"],
         ["annotate", "walk/perturb", "--meta", "a=1", "--metric", "b=2"],
         ["pull", "walk/perturb", "out"],
+        ["export", "walk/perturb", "--to", "out.tar"],
     ],
     ids=" ".join,
 )

@@ -9,27 +9,32 @@ from sqlalchemy import select
 
 from registry import Registry
 from registry.catalog import tables
+from registry.catalog.descriptions import descriptions_of
 from registry.core.annotations import MetricValue
 from registry.core.event import format_moment
 
 
 def catalog_state(registry: Registry) -> dict[str, Any]:
     """Everything that the catalog says, as plain data for JSON."""
-    names: dict[str, Any] = {}
-    for version in registry.find():
-        one = names.setdefault(version.name, {"versions": {}, "tags": {}})
-        one["versions"][str(version.version)] = _version(registry, version.reference)
-    for name, one in names.items():
+    present: dict[str, dict[str, Any]] = {}
+    for found in registry.find():
+        present.setdefault(found.name, {})[str(found.version)] = _version(registry, found.reference)
+    names = {}
+    for name in _names(registry):
         events = registry.events(name)
-        one["latest"] = int(registry.resolve(name).rpartition("@")[2])
-        one["events"] = len(events)
-        one["tags"] = _tags(registry, name)
-        one["history"] = {
-            tag: [[e.kind, e.version, format_moment(e.at), e.actor] for e in registry.tag_history(name, tag)]
-            for tag in sorted({e.tag for e in events if e.tag is not None})
+        versions = dict(sorted(present.get(name, {}).items(), key=lambda pair: int(pair[0])))
+        names[name] = {
+            "versions": versions,
+            "gone": _gone(registry, name),
+            "tags": _tags(registry, name),
+            "latest": int(registry.resolve(name).rpartition("@")[2]) if versions else None,
+            "events": len(events),
+            "history": {
+                tag: [[e.kind, e.version, format_moment(e.at), e.actor] for e in registry.tag_history(name, tag)]
+                for tag in sorted({e.tag for e in events if e.tag is not None})
+            },
         }
-        one["versions"] = dict(sorted(one["versions"].items(), key=lambda pair: int(pair[0])))
-    return {"registry": registry.id, "names": dict(sorted(names.items()))}
+    return {"registry": registry.id, "names": names}
 
 
 def _version(registry: Registry, reference: str) -> dict[str, Any]:
@@ -56,9 +61,12 @@ def _version(registry: Registry, reference: str) -> dict[str, Any]:
         "tags": list(record.tags),
         "metadata": {key: value.to_json() for key, value in sorted(details.found.metadata.items())},
         "metrics": _metrics(registry, record.id),
-        "files": {file.path: [file.sha256, file.size] for file in details.contents.files},
+        "described": _described(registry, record.id),
+        "external": sorted(details.contents.external),
+        "files": {file.path: [file.sha256, file.size, file.role] for file in details.contents.files},
         "components": {
-            role: [part.layout.digest, list(part.tensors)] for role, part in sorted(details.contents.components.items())
+            role: [part.layout.digest, list(part.tensors), part.data]
+            for role, part in sorted(details.contents.components.items())
         },
     }
 
@@ -68,6 +76,30 @@ def _metrics(registry: Registry, version_id: int) -> dict[str, Any]:
     with registry._context.reading() as connection:
         rows = connection.execute(select(metric).where(metric.c.version_id == version_id).order_by(metric.c.key)).all()
     return {row.key: [MetricValue(row.value, row.kind).json, row.step, format_moment(row.at)] for row in rows}
+
+
+def _names(registry: Registry) -> list[str]:
+    artifact = tables.artifact
+    with registry._context.reading() as connection:
+        rows = connection.execute(select(artifact.c.namespace, artifact.c.name)).all()
+    return sorted(f"{row.namespace}/{row.name}" for row in rows)
+
+
+def _gone(registry: Registry, name: str) -> dict[str, str]:
+    version, artifact = tables.version, tables.artifact
+    with registry._context.reading() as connection:
+        rows = connection.execute(
+            select(version.c.number, version.c.state)
+            .join(artifact, artifact.c.id == version.c.artifact_id)
+            .where(artifact.c.namespace + "/" + artifact.c.name == name, version.c.state != "present")
+            .order_by(version.c.number)
+        ).all()
+    return {str(row.number): row.state for row in rows}
+
+
+def _described(registry: Registry, version_id: int) -> dict[str, str]:
+    with registry._context.reading() as connection:
+        return dict(sorted(descriptions_of(connection, version_id).items()))
 
 
 def _tags(registry: Registry, name: str) -> dict[str, Any]:

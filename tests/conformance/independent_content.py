@@ -90,12 +90,13 @@ def plain_path(segments: list[str]) -> str:
 
 
 def content_document(
-    components: dict[str, tuple[list[Spec], list[str]]], config: dict[str, Any] | None
+    kind: str, components: dict[str, tuple[list[Spec], list[str]]], config: dict[str, Any] | None
 ) -> dict[str, Any] | None:
     """What the content digest is the sha256 of; None where docs/format.md leaves it to other code."""
     parts = {
         role: sorted({(canonical_name(spec[0]), digest) for spec, digest in zip(specs, digests, strict=True)})
         for role, (specs, digests) in components.items()
+        if specs
     }
     document = {"format": 1, "components": {r: [list(p) for p in pairs] for r, pairs in parts.items()}, "config": None}
     if config is None:
@@ -105,7 +106,8 @@ def content_document(
         outside = ("base_model_name_or_path", "revision", "task_type", "peft_type")
         rest = {k: v for k, v in config.items() if v is not None and k not in outside and "dropout" not in k}
         return {**document, "config": {"tuner": tuner, "config": rest}}
-    modules = lora_modules(components["adapter"][0], config)
+    # A checkpoint has base weights beside those of its adapter, for which the page has no rules.
+    modules = lora_modules(components["adapter"][0], config) if kind == "adapter" else None
     if modules is None:
         return None
     options = {k: config[k] for k in config if (k in OPTIONS or k not in KNOWN_LORA_KEYS) and config[k]}

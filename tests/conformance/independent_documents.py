@@ -1,5 +1,5 @@
 """The documents and digests of docs/format.md, read from that page alone: canonical JSON, names, tensors, layouts,
-manifests, placements, events. The standard library and BLAKE3, nothing of ours."""
+manifests, events. The standard library and BLAKE3, nothing of ours."""
 
 from __future__ import annotations
 
@@ -64,6 +64,8 @@ def canonical(tree: Any) -> bytes:
         return written(tree).encode("utf-8")
     except UnicodeEncodeError as error:
         raise Refused("half of a surrogate pair") from error
+    except RecursionError as error:
+        raise Refused("nested too deeply") from error
 
 
 def written(tree: Any) -> str:
@@ -129,6 +131,10 @@ def is_number(value: Any) -> bool:
 
 def is_digest(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def is_role(value: str) -> bool:
+    return re.fullmatch("[a-z][a-z0-9_.-]{0,63}", value) is not None
 
 
 def members(tree: Any, what: str, names: str) -> dict[str, Any]:
@@ -217,6 +223,25 @@ def tensor_digest(dtype: str, shape: tuple[int, ...], data: bytes) -> str:
     return str(blake3(tensor_head(dtype, shape) + data).hexdigest())
 
 
+NOT_FINITE = {"F64": (8, 0x7FF0_0000_0000_0000), "F32": (4, 0x7F80_0000), "C64": (4, 0x7F80_0000)}
+NOT_FINITE |= {
+    "F16": (2, 0x7C00),
+    "BF16": (2, 0x7F80),
+    "F8_E5M2": (1, 0x7C),
+    "F8_E4M3": (1, 0x7F),
+    "F8_E8M0": (1, 0xFF),
+}
+
+
+def is_finite(dtype: str, data: bytes) -> bool:
+    """Whether no element is NaN or an infinity."""
+    if dtype in ("F8_E4M3FNUZ", "F8_E5M2FNUZ"):
+        return 0x80 not in data
+    size, mask = NOT_FINITE.get(dtype, (0, 0))
+    starts = range(0, len(data), size) if size else ()
+    return all(int.from_bytes(data[place : place + size], "little") & mask != mask for place in starts)
+
+
 def read_layout(document: bytes) -> list[Spec]:
     rows = parse_canonical(document)
     require(isinstance(rows, list), "a layout is a list")
@@ -262,7 +287,7 @@ def read_header(raw: bytes) -> TensorFile:
     return TensorFile([one[2] for one in placed], [one[0] for one in placed], 8 + count, 8 + count + end)
 
 
-# ---------------------------------------------------------------- manifests and placements
+# ---------------------------------------------------------------- manifests
 
 RELATIONS = ("trained_on", "continued_from", "merged_from", "extracted_from", "converted_from")
 NOT_IN_A_PATH = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -278,10 +303,11 @@ def read_manifest(document: bytes) -> dict[str, Any]:
         require(tree[name] is None or isinstance(tree[name], dict), f"{name} is no object")
     require(isinstance(tree["components"], dict), "components are no object")
     for role, part in tree["components"].items():
-        require(re.fullmatch("[a-z][a-z0-9_.-]{0,63}", role), f"role {role!r}")
-        members(part, role, "layout tensors")
+        require(is_role(role), f"role {role!r}")
+        members(part, role, "layout tensors data" if "data" in part else "layout tensors")
         require(is_digest(part["layout"]) and isinstance(part["tensors"], list), f"component {role}")
         require(all(map(is_digest, part["tensors"])), f"component {role}: a tensor is no digest")
+        require("data" not in part or is_digest(part["data"]), f"component {role}: its state document is no digest")
     check_files(tree)
     check_parents(tree)
     return tree
@@ -321,30 +347,6 @@ def check_parents(tree: dict[str, Any]) -> None:
         edge = (parent["relation"], parent["digest"])
         require(edge not in seen, "a parent stands twice, or is the base")
         seen.add(edge)
-
-
-def read_placement(tree: Any) -> dict[str, Any]:
-    """Placement with its runs written out: role -> [(blob, ordinal), ...]."""
-    members(tree, "placement", "blobs components files")
-    blobs, components, files = tree["blobs"], tree["components"], tree["files"]
-    require(isinstance(blobs, list) and isinstance(components, dict) and isinstance(files, dict), "placement")
-    for pair in blobs:
-        require(isinstance(pair, list) and len(pair) == 2 and is_digest(pair[0]), "placement: a blob is no digest")
-        require(pair[1] in ("tensors", "reused", "header", "file", "layout", "manifest"), "placement: unknown role")
-    require(len({digest for digest, _ in blobs}) == len(blobs), "placement: a blob twice")
-    spread: dict[str, list[tuple[int, int]]] = {}
-    for role, runs in components.items():
-        spread[role] = []
-        for run in runs:
-            require(isinstance(run, list) and len(run) == 3 and all(map(is_whole, run)), f"placement: run {run}")
-            blob, first, count = run
-            require(blob < len(blobs) and count >= 1, f"placement: run {run}")
-            require(first + count <= 1 << 24, f"placement: run {run} is longer than any header")
-            spread[role] += [(blob, first + step) for step in range(count)]
-    for path, pair in files.items():
-        good = isinstance(pair, list) and len(pair) == 2 and is_whole(pair[0]) and type(pair[1]) is bool
-        require(good and pair[0] < len(blobs), f"placement of {path}")
-    return {"blobs": [digest for digest, _ in blobs], "components": spread, "files": files}
 
 
 # ---------------------------------------------------------------- events

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,27 +24,24 @@ from tests.conformance.independent_documents import (
     Spec,
     TensorFile,
     canonical,
-    check_tag,
     is_digest,
-    is_number,
+    is_finite,
     is_text,
-    is_text_or_null,
     is_whole,
     length,
     members,
     name_parts,
     parse,
-    parse_reference,
     read_event,
     read_header,
     read_layout,
     read_manifest,
-    read_placement,
     require,
     tensor_digest,
 )
-
-NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+from tests.conformance.independent_history import History, Version
+from tests.conformance.independent_placement import read_placement
+from tests.conformance.independent_state_document import read_state_document
 
 
 @dataclass
@@ -52,7 +50,7 @@ class Report:
 
     Attributes:
         state: names with their versions, tags, metadata and metrics, as far as they could be read.
-        orphans: blobs that no event names.
+        orphans: blobs that nothing needs.
         not_recomputed: versions whose content digest was taken as it is.
     """
 
@@ -65,11 +63,12 @@ class Report:
 def check_store(root: Path) -> Report:
     """Checks everything that docs/format.md lists under what a reader must refuse."""
     report = Report()
-    reader = _Reader(root, report)
+    reader = Reader(root, report)
     try:
         reader.identity()
         reader.all_blobs()
         reader.all_names()
+        reader.all_versions()
         reader.lineage()
     except Refused as refused:
         report.problems.append(str(refused))
@@ -92,15 +91,17 @@ def read_file(path: Path) -> bytes:
         return file.read()
 
 
-class _Reader:
+class Reader:
     def __init__(self, root: Path, report: Report) -> None:
         self.root = root
         self.report = report
         self.registry = ""
         self.good: set[str] = set()
-        self.named: set[str] = set()
+        self.needed: dict[str, set[str]] = {}  # blob -> the roles in which versions that have their bytes need it
         self.tensor_files: dict[str, TensorFile] = {}
-        self.proven: set[tuple[str, int, str]] = set()
+        self.proven: dict[tuple[str, int, str], bool] = {}  # blob, ordinal, digest -> whether it is finite
+        self.claims: dict[tuple[str, int], object] = {}  # tensors of blobs that are not in the store
+        self.versions: list[Version] = []
         self.manifests: dict[str, str] = {}  # ns/name@number -> digest
         self.edges: list[tuple[str, str, str]] = []  # child, parent, digest that the child's manifest has
 
@@ -176,10 +177,9 @@ class _Reader:
             )
             if numbers:
                 self.attempt(name, partial(self.one_name, name, path, numbers))
-        self.report.orphans = sorted(self.good - self.named)
 
     def one_name(self, name: str, folder: Path, numbers: list[int]) -> None:
-        history = _History(name, self)
+        history = History(name, self)
         events = []
         for seq in numbers:
             self.attempt(
@@ -202,72 +202,173 @@ class _Reader:
 
     # ---- versions
 
-    def version(self, reference: str, payload: dict[str, Any]) -> dict[str, Any]:
-        """Proves everything of one version; gives what the state says of its content."""
+    def version(self, reference: str, payload: dict[str, Any]) -> Version:
+        """Reads what a push says; the bytes are proven when every event is known."""
         require(is_digest(payload["manifest"]), "manifest is no digest")
-        placement = read_placement(payload["placement"])
-        self.named.update(placement["blobs"])
         manifest = read_manifest(self.blob(payload["manifest"]))
-        require(payload["manifest"] in placement["blobs"], "the manifest is not among the blobs")
+        layouts = {role: read_layout(self.blob(part["layout"])) for role, part in manifest["components"].items()}
+        placement = self.placed(payload["manifest"], manifest, layouts, payload["placement"])
+        nonfinite = payload["nonfinite"]
+        require(isinstance(nonfinite, dict) and set(nonfinite) <= set(layouts), "nonfinite: no components")
+        for role, positions in nonfinite.items():
+            good = isinstance(positions, list) and positions and all(map(is_whole, positions))
+            require(good and all(one < other for one, other in pairwise(positions)), f"nonfinite: {role}")
+            require(positions[-1] < len(layouts[role]), f"nonfinite: {role} has no tensor {positions[-1]}")
+        self.content(reference, payload["content"], manifest, layouts)
+        return Version(reference, manifest, layouts, placement, nonfinite)
+
+    def placed(
+        self, digest: str, manifest: dict[str, Any], layouts: dict[str, list[Spec]], tree: Any
+    ) -> dict[str, Any]:
+        """Reads a placement of this manifest."""
+        placement = read_placement(tree)
+        there = {one for one, _ in placement["blobs"]}
+        require(digest in there, "the manifest is not among the blobs")
         require(set(placement["components"]) == set(manifest["components"]), "the components are not the manifest's")
         paths = [file["path"] for file in manifest["files"]]
         require(sorted(placement["files"]) == sorted(paths), "the files are not the manifest's")
-        for digest in placement["blobs"]:
-            require(digest in self.good, f"blob {digest} is missing or damaged")
-        layouts: dict[str, list[Spec]] = {}
         for role, part in manifest["components"].items():
-            require(part["layout"] in placement["blobs"], f"the layout of {role} is not among the blobs")
-            layouts[role] = read_layout(self.blob(part["layout"]))
-            self.component(role, part["tensors"], layouts[role], placement)
+            require(part["layout"] in there, f"the layout of {role} is not among the blobs")
+            require("data" not in part or part["data"] in there, f"the state document of {role} is not among the blobs")
+            counts = {len(layouts[role]), len(part["tensors"]), len(placement["components"][role])}
+            require(len(counts) == 1, f"{role}: not as many tensors as the layout has")
         for file in manifest["files"]:
-            self.file(file, layouts, placement)
-        self.content(reference, payload["content"], manifest, layouts)
-        return manifest
-
-    def component(self, role: str, digests: list[str], layout: list[Spec], placement: dict[str, Any]) -> None:
-        entries = placement["components"][role]
-        require(len(layout) == len(digests) == len(entries), f"{role}: not as many tensors as the layout has")
-        for (name, dtype, shape), digest, (position, ordinal) in zip(layout, digests, entries, strict=True):
-            blob = placement["blobs"][position]
-            there = self.tensor_file(blob).specs
-            require(ordinal < len(there), f"{role} {name!r}: blob {blob} has no tensor {ordinal}")
-            require(there[ordinal][1:] == (dtype, shape), f"{role} {name!r}: another dtype or shape")
-            if (blob, ordinal, digest) not in self.proven:
-                _, data = self.tensor(blob, ordinal)
-                require(tensor_digest(dtype, shape, data) == digest, f"{role} {name!r}: another digest")
-                self.proven.add((blob, ordinal, digest))
-
-    def file(self, file: dict[str, Any], layouts: dict[str, list[Spec]], placement: dict[str, Any]) -> None:
-        hasher, size = sha256(), 0
-        for chunk in self.rebuild(file, placement):
-            hasher.update(chunk)
-            size += len(chunk)
-        require((hasher.hexdigest(), size) == (file["sha256"], file["size"]), f"file {file['path']}: another sha256")
-        if file["component"] is not None:
-            digest = placement["blobs"][placement["files"][file["path"]][0]]
-            head = read_header(self.blob(digest))
-            require(head.specs == layouts[file["component"]], f"file {file['path']}: another layout")
-
-    def rebuild(self, file: dict[str, Any], placement: dict[str, Any]) -> Iterator[bytes]:
-        position, whole = placement["files"][file["path"]]
-        yield self.blob(placement["blobs"][position])
-        if not whole:
-            require(file["component"] is not None, f"file {file['path']}: a header, and no component")
-            for blob, ordinal in placement["components"][file["component"]]:
-                yield self.tensor(placement["blobs"][blob], ordinal)[1]
+            _, whole, splices = placement["files"][file["path"]]
+            if splices is not None:
+                require(file["component"] is None, f"file {file['path']}: splices, and it is a component")
+            elif not whole:
+                require(file["component"] is not None, f"file {file['path']}: a header, and no component")
+        return placement
 
     def content(self, reference: str, recorded: Any, manifest: dict[str, Any], layouts: dict[str, list[Spec]]) -> None:
         require(is_digest(recorded), "content is no digest")
-        components = {role: (layouts[role], part["tensors"]) for role, part in manifest["components"].items()}
-        document = content_document(components, manifest["config"])
+        parts = {role: (layouts[role], part["tensors"]) for role, part in manifest["components"].items()}
+        document = content_document(manifest["kind"], parts, manifest["config"])
         if document is None:
             self.report.not_recomputed.append(reference)
         else:
             require(sha256(canonical(document)).hexdigest() == recorded, "another content digest")
 
+    # ---- their bytes, when every event is known
+
+    def all_versions(self) -> None:
+        for version in self.versions:
+            if version.state != "purged":
+                for digest, role in version.placement["blobs"]:
+                    self.needed.setdefault(digest, set()).add(role)
+        for version in self.versions:
+            self.attempt(version.reference, partial(self.prove, version))
+            for role, digest in version.described:
+                self.needed.setdefault(digest, set()).add(role)
+                self.attempt(f"{version.reference}, {role}", partial(self.blob, digest))
+        kept = {digest for version in self.versions for digest in self.kept(version)}
+        self.report.orphans = sorted(self.good - set(self.needed) - kept)
+
+    def kept(self, version: Version) -> list[str]:
+        """What stays of a version whatever happens to it."""
+        return [version.said["digest"], *(part["layout"] for part in version.manifest["components"].values())]
+
+    def prove(self, version: Version) -> None:
+        """Everything of one version; of a purged one its manifest and layouts, which were read before."""
+        if version.state == "purged":
+            return
+        manifest, placement = version.manifest, version.placement
+        absent = sorted(digest for digest, _ in placement["blobs"] if digest not in self.good)
+        for digest in absent:
+            require(self.needed[digest] == {"external"}, f"blob {digest} is missing or damaged")
+        version.said["external"] = absent
+        for role, part in manifest["components"].items():
+            self.component(version, role, part["tensors"])
+            if "data" in part:
+                read_state_document(self.blob(part["data"]), {name for name, _, _ in version.layouts[role]})
+        for file in manifest["files"]:
+            self.file(file, version)
+
+    def component(self, version: Version, role: str, digests: list[str]) -> None:
+        blobs, broken = version.placement["blobs"], []
+        entries = version.placement["components"][role]
+        for place, (spec, digest, (position, ordinal)) in enumerate(
+            zip(version.layouts[role], digests, entries, strict=True)
+        ):
+            blob = blobs[position][0]
+            if blob not in self.good:
+                # Nothing can be proven of it, but no two versions may say different things.
+                claim = self.claims.setdefault((blob, ordinal), (spec[1:], digest))
+                require(claim == (spec[1:], digest), f"{role} {spec[0]!r}: tensor {ordinal} of blob {blob} is another")
+            elif not self.tensor_is(blob, ordinal, spec, digest, f"{role} {spec[0]!r}"):
+                broken.append(place)
+        at_hand = [place for place, (position, _) in enumerate(entries) if blobs[position][0] in self.good]
+        said = [place for place in version.nonfinite.get(role, []) if place in at_hand]
+        require(said == broken, f"{role}: tensors {broken} hold NaN or infinities, not {said}")
+
+    def tensor_is(self, blob: str, ordinal: int, spec: Spec, digest: str, what: str) -> bool:
+        """Proves a tensor; whether it is finite."""
+        _, dtype, shape = spec
+        there = self.tensor_file(blob).specs
+        require(ordinal < len(there), f"{what}: blob {blob} has no tensor {ordinal}")
+        require(there[ordinal][1:] == (dtype, shape), f"{what}: another dtype or shape")
+        if (blob, ordinal, digest) not in self.proven:
+            _, data = self.tensor(blob, ordinal)
+            require(tensor_digest(dtype, shape, data) == digest, f"{what}: another digest")
+            self.proven[blob, ordinal, digest] = is_finite(dtype, data)
+        return self.proven[blob, ordinal, digest]
+
+    def file(self, file: dict[str, Any], version: Version) -> None:
+        what, component = f"file {file['path']}", file["component"]
+        position, whole, _ = version.placement["files"][file["path"]]
+        digest = version.placement["blobs"][position][0]
+        if digest not in self.good:
+            self.absent_file(file, version, position)
+            return
+        hasher, size = sha256(), 0
+        for chunk in self.rebuild(file, version.placement):
+            hasher.update(chunk)
+            size += len(chunk)
+        require((hasher.hexdigest(), size) == (file["sha256"], file["size"]), f"{what}: another sha256")
+        if component is not None:
+            head = read_header(self.blob(digest))
+            require(head.specs == version.layouts[component], f"{what}: another layout")
+            if whole:
+                tensors = version.manifest["components"][component]["tensors"]
+                for ordinal, (spec, tensor) in enumerate(zip(head.specs, tensors, strict=True)):
+                    self.tensor_is(digest, ordinal, spec, tensor, f"{what}: {spec[0]!r}")
+
+    def absent_file(self, file: dict[str, Any], version: Version, position: int) -> None:
+        """What can be said of a file whose bytes are not in the store."""
+        what, component = f"file {file['path']}", file["component"]
+        _, whole, _ = version.placement["files"][file["path"]]
+        digest = version.placement["blobs"][position][0]
+        require(whole and digest == file["sha256"], f"{what}: its blob is missing or another")
+        lie_there = {
+            ordinal: spec
+            for role, entries in version.placement["components"].items()
+            for (blob, ordinal), spec in zip(entries, version.layouts[role], strict=True)
+            if blob == position
+        }
+        require(8 + sum(map(length, lie_there.values())) <= file["size"], f"{what}: too small for its tensors")
+        if component is not None:
+            entries = version.placement["components"][component]
+            require(entries == [(position, place) for place in range(len(entries))], f"{what}: not its component")
+
+    def rebuild(self, file: dict[str, Any], placement: dict[str, Any]) -> Iterator[bytes]:
+        position, whole, splices = placement["files"][file["path"]]
+        stored = self.blob(placement["blobs"][position][0])
+        done = 0
+        for at, role, first, count in splices or ():
+            require(at <= len(stored), f"file {file['path']}: a splice at {at} of {len(stored)} bytes")
+            yield stored[done:at]
+            done = at
+            for blob, ordinal in placement["components"][role][first : first + count]:
+                yield self.tensor(placement["blobs"][blob][0], ordinal)[1]
+        yield stored[done:]
+        if not whole and splices is None:
+            for blob, ordinal in placement["components"][file["component"]]:
+                yield self.tensor(placement["blobs"][blob][0], ordinal)[1]
+
     # ---- lineage, when every name is known
 
     def lineage(self) -> None:
+        states = {version.reference: version.state for version in self.versions}
         for child, parent, digest in self.edges:
             if self.manifests.get(parent) != digest:
                 self.report.problems.append(f"{child}: its parent {parent} is not there, or has another digest")
@@ -275,148 +376,8 @@ class _Reader:
             other, before = parent.rsplit("@", 1)
             if name == other and int(before) >= int(number):
                 self.report.problems.append(f"{child}: its parent {parent} is not older")
-
-
-PUSHED_MEMBERS = "manifest content base parents placement environment peft_version message bytes_new"
-
-
-class _History:
-    """The state of one name, event by event."""
-
-    def __init__(self, name: str, reader: _Reader) -> None:
-        self.name = name
-        self.reader = reader
-        self.at = ""
-        self.count = 0
-        self.versions: dict[int, dict[str, Any]] = {}
-        self.tags: dict[str, list[Any]] = {}  # number, protected, moved at
-        self.history: dict[str, list[list[Any]]] = {}
-
-    def take(self, event: dict[str, Any]) -> None:
-        require(event["at"] >= self.at, "it goes back in time")
-        self.at = event["at"]
-        self.count += 1
-        kind, payload, number, tag = event["kind"], event["payload"], event["version"], event["tag"]
-        about_tags: dict[str, Callable[..., None]] = {
-            "tag_moved": self.moved,
-            "tag_protected": self.protected,
-            "tag_unprotected": self.protected,
-            "tag_deleted": self.deleted,
-        }
-        about_versions: dict[str, Callable[..., None]] = {
-            "metadata": self.metadata,
-            "metrics": self.metrics,
-            "note": self.note,
-        }
-        if kind == "pushed":
-            require(tag is None, "a push with a tag")
-            self.pushed(event, payload)
-            return
-        require(kind in about_tags or kind in about_versions, f"the kind {kind!r} is not known")
-        require(is_whole(number, 1) and number in self.versions, f"there is no version {number} yet")
-        if kind in about_versions:
-            require(tag is None, f"{kind} with a tag")
-            about_versions[kind](self.versions[number], payload, event)
-        else:
-            require(is_text(tag), f"{kind} without a tag")
-            check_tag(tag)
-            require(tag != "latest", "latest is no tag")
-            about_tags[kind](tag, number, payload, event)
-            self.history.setdefault(tag, []).append([kind, number, event["at"], event["actor"]])
-
-    def pushed(self, event: dict[str, Any], payload: dict[str, Any]) -> None:
-        members(payload, "pushed", PUSHED_MEMBERS)
-        number = event["version"]
-        require(number == len(self.versions) + 1, f"version {number} comes after {len(self.versions)}")
-        require(isinstance(payload["environment"], dict), "environment")
-        require(is_text_or_null(payload["message"]) and is_text_or_null(payload["peft_version"]), "message")
-        require(is_whole(payload["bytes_new"]), "bytes_new")
-        reference = f"{self.name}@{number}"
-        manifest = self.reader.version(reference, payload)
-        known = [version["digest"] for version in self.versions.values()]
-        require(payload["manifest"] not in known, "the name has this manifest already")
-        base, parents = payload["base"], payload["parents"]
-        require((base is None) == (manifest["base"] is None), "base is named by one of event and manifest alone")
-        require(isinstance(parents, list) and len(parents) == len(manifest["parents"]), "not the manifest's parents")
-        edges = [] if base is None else [["trained_on", base, None]]
-        digests = [] if base is None else [manifest["base"]]
-        for parent, named in zip(manifest["parents"], parents, strict=True):
-            edges.append([parent["relation"], named, parent["weight"]])
-            digests.append(parent["digest"])
-        for (_, named, _), digest in zip(edges, digests, strict=True):
-            require(is_text(named) and parse_reference(named)["number"] is not None, f"{named!r} is no version")
-            self.reader.edges.append((reference, named, digest))
-        self.reader.manifests[reference] = payload["manifest"]
-        self.versions[number] = {
-            "digest": payload["manifest"],
-            "content": payload["content"],
-            "kind": manifest["kind"],
-            "base": base,
-            "parents": sorted(edges, key=str),
-            "created_at": event["at"],
-            "created_by": event["actor"],
-            "message": payload["message"],
-            "peft_version": payload["peft_version"],
-            "size": sum(file["size"] for file in manifest["files"]),
-            "bytes_new": payload["bytes_new"],
-            "tags": [],
-            "metadata": {},
-            "metrics": {},
-            "files": {file["path"]: [file["sha256"], file["size"]] for file in manifest["files"]},
-            "components": {r: [part["layout"], part["tensors"]] for r, part in sorted(manifest["components"].items())},
-        }
-
-    def metadata(self, version: dict[str, Any], payload: dict[str, Any], event: dict[str, Any]) -> None:
-        for key, value in payload.items():
-            members(value, key, "text number")
-            require(is_text(value["text"]) and (value["number"] is None or is_number(value["number"])), key)
-            version["metadata"][key] = value
-
-    def metrics(self, version: dict[str, Any], payload: dict[str, Any], event: dict[str, Any]) -> None:
-        members(payload, "metrics", "values step")
-        require(isinstance(payload["values"], dict), "values")
-        require(payload["step"] is None or is_whole(payload["step"]), "step")
-        for key, value in payload["values"].items():
-            require(is_number(value) or value in NOT_FINITE, f"metric {key}: {value!r}")
-            version["metrics"][key] = [value, payload["step"], event["at"]]
-
-    def note(self, version: dict[str, Any], payload: dict[str, Any], event: dict[str, Any]) -> None:
-        require(is_text(members(payload, "note", "text")["text"]), "text")
-
-    def moved(self, tag: str, number: int, payload: dict[str, Any], event: dict[str, Any]) -> None:
-        members(payload, "tag_moved", "from to why")
-        before = self.tags.get(tag, [None, False, ""])
-        require(payload["from"] == before[0] and payload["to"] == number, f"{tag} was at {before[0]}")
-        require(not before[1], f"{tag} is protected")
-        require(is_text_or_null(payload["why"]), "why")
-        self.tags[tag] = [number, False, event["at"]]
-
-    def protected(self, tag: str, number: int, payload: dict[str, Any], event: dict[str, Any]) -> None:
-        require(is_text_or_null(members(payload, event["kind"], "why")["why"]), "why")
-        on = event["kind"] == "tag_protected"
-        require(tag in self.tags and self.tags[tag][:2] == [number, not on], f"{tag} is not so")
-        self.tags[tag][1] = on
-
-    def deleted(self, tag: str, number: int, payload: dict[str, Any], event: dict[str, Any]) -> None:
-        members(payload, "tag_deleted", "from why")
-        require(self.tags.get(tag, [])[:2] == [number, False] and payload["from"] == number, f"{tag} is not so")
-        require(is_text_or_null(payload["why"]), "why")
-        del self.tags[tag]
-
-    def state(self) -> dict[str, Any]:
-        require(self.versions, "no version")
-        for tag, (number, _, _) in sorted(self.tags.items()):
-            self.versions[number]["tags"].append(tag)
-        for version in self.versions.values():
-            for kind in ("metadata", "metrics"):
-                version[kind] = dict(sorted(version[kind].items()))
-        return {
-            "versions": {str(number): version for number, version in self.versions.items()},
-            "tags": dict(sorted(self.tags.items())),
-            "latest": max(self.versions),
-            "events": self.count,
-            "history": dict(sorted(self.history.items())),
-        }
+            if states.get(parent, "present") != "present" and states[child] == "present":
+                self.report.problems.append(f"{child}: its parent {parent} is {states[parent]}")
 
 
 def main() -> int:

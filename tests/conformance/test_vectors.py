@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import filecmp
 import json
+import re
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from registry.core import state_document as state_document_module
 from registry.core.adapter_config import adapter_config, canonical_config
 from registry.core.adapter_names import targets_of
 from registry.core.canonical_json import canonical_json, parse_json
@@ -21,13 +24,26 @@ from registry.core.layout import DTYPE_BITS, Layout, TensorSpec
 from registry.core.manifest import Manifest
 from registry.core.placement import Placement
 from registry.core.reference import parse_push_target, parse_reference
-from tests.conformance import independent_content, independent_documents
+from registry.core.state_document import read_state, state_document
+from tests.conformance import (
+    independent_content,
+    independent_documents,
+    independent_placement,
+    independent_state_document,
+)
 from tests.conformance.independent_documents import Refused
 from tests.vectors import make_vectors
 from tests.vectors.doc_examples import with_examples
 from tests.vectors.sample_store import REGISTRY_ID
 
 VECTORS = make_vectors.HERE
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Stands for a tensor in a state document."""
+
+    name: str
 
 
 def vectors(name: str, *path: str) -> list[Any]:
@@ -65,7 +81,7 @@ def test_the_examples_of_the_page_are_those_of_the_vectors() -> None:
 
 
 def test_the_vectors_are_small() -> None:
-    assert sum(path.stat().st_size for path in VECTORS.rglob("*") if path.is_file()) < 300_000
+    assert sum(path.stat().st_size for path in VECTORS.rglob("*") if path.is_file()) < 400_000
 
 
 def test_no_check_out_changes_their_bytes() -> None:
@@ -162,7 +178,11 @@ def test_a_placement_is_read_and_written_as_recorded(case: dict[str, Any]) -> No
     assert placement.to_json() == case["json"]
     expected = {role: [tuple(entry) for entry in entries] for role, entries in case["entries"].items()}
     assert {role: list(entries) for role, entries in placement.components.items()} == expected
-    assert independent_documents.read_placement(case["json"])["components"] == expected
+    read = independent_placement.read_placement(case["json"])
+    assert read["components"] == expected
+    for path, file in placement.files.items():
+        splices = None if file.splices is None else [(s.at, s.role, s.first, s.length) for s in file.splices]
+        assert read["files"][path] == (file.blob, file.whole, splices)
 
 
 @pytest.mark.parametrize("case", vectors("placements", "refused"), ids=labels("placements", "refused"))
@@ -170,7 +190,36 @@ def test_a_bad_placement_is_refused(case: dict[str, Any]) -> None:
     with pytest.raises(InvalidManifest):
         Placement.from_json(case["json"])
     with pytest.raises(Refused):
-        independent_documents.read_placement(case["json"])
+        independent_placement.read_placement(case["json"])
+
+
+# ---------------------------------------------------------------- state documents
+
+
+@pytest.mark.parametrize("case", vectors("state_documents", "cases"), ids=labels("state_documents", "cases"))
+def test_a_state_document_is_read_and_written_as_recorded(case: dict[str, str]) -> None:
+    document, names = case["document"].encode(), vectors("state_documents", "tensors")
+    tensors = {name: Tensor(name) for name in names}
+    tree = read_state(document, tensors)
+    again = state_document(tree, tensor_name=lambda value: value.name if isinstance(value, Tensor) else None)
+    assert again == document
+    assert independent_state_document.read_state_document(document, names) == json.loads(document)
+
+
+@pytest.mark.parametrize("case", vectors("state_documents", "refused"), ids=labels("state_documents", "refused"))
+def test_a_bad_state_document_is_refused(case: dict[str, str]) -> None:
+    document, names = case["document"].encode(), vectors("state_documents", "tensors")
+    with pytest.raises(InvalidManifest):
+        read_state(document, {name: Tensor(name) for name in names})
+    with pytest.raises(Refused):
+        independent_state_document.read_state_document(document, names)
+
+
+def test_every_form_of_a_state_document_has_a_vector() -> None:
+    forms = set(re.findall(r"`\{\"(\$[a-z]+)\"", make_vectors.PAGE.read_text(encoding="utf-8")))
+    written = "".join(case["document"] for case in vectors("state_documents", "cases"))
+    assert forms == set(re.findall(r'"(\$[a-z]+)":', written))
+    assert forms == set(re.findall(r'"(\$[a-z]+)"', str(state_document_module.__doc__)))
 
 
 # ---------------------------------------------------------------- content digests
@@ -192,6 +241,7 @@ def test_a_content_digest_is_as_recorded(case: dict[str, Any]) -> None:
         assert canonical_config(config) == case["canonical_config"]
 
     document = independent_content.content_document(
+        "adapter" if "adapter" in parts else "base",
         {role: ([(s.name, s.dtype, s.shape) for s in layout], digests) for role, (layout, digests) in parts.items()},
         case["canonical_config"],
     )

@@ -8,6 +8,7 @@ import mmap
 import random
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import uuid4
 
@@ -329,14 +330,14 @@ class TestABatch:
 
 
 class TestADigest:
-    @pytest.mark.parametrize("method", ["size", "open", "local_path", "verify"])
+    @pytest.mark.parametrize("method", ["size", "open", "local_path", "verify", "modified_at"])
     def test_that_nobody_stored_is_not_found(self, blobs: BlobStore, method: str) -> None:
         with pytest.raises(BlobNotFound, match=ABSENT):
             getattr(blobs, method)(ABSENT)
         assert not blobs.contains(ABSENT)
 
     @pytest.mark.parametrize("digest", MALFORMED.values(), ids=MALFORMED)
-    @pytest.mark.parametrize("method", ["size", "contains", "open", "local_path", "verify", "delete"])
+    @pytest.mark.parametrize("method", ["size", "contains", "open", "local_path", "verify", "delete", "modified_at"])
     def test_that_is_malformed_is_refused(self, blobs: BlobStore, method: str, digest: str) -> None:
         with pytest.raises(InvalidReference, match="64 lower-case hex"):
             getattr(blobs, method)(digest)
@@ -351,3 +352,25 @@ class TestADigest:
 
     def test_that_is_not_there_can_be_deleted(self, blobs: BlobStore) -> None:
         blobs.delete(ABSENT)
+
+    def test_that_was_just_stored_was_modified_now(self, blobs: BlobStore) -> None:
+        minute = timedelta(minutes=1)  # a clock of the store's own may differ
+        before = datetime.now(UTC)
+        [blob] = stored(blobs, b"new")
+        assert before - minute <= blobs.modified_at(blob.digest) <= datetime.now(UTC) + minute
+
+
+class TestTemporaries:
+    def test_are_not_left_by_what_came_to_an_end(self, store: Store) -> None:
+        stored(store.blobs, b"one", noise(3 * MIB))
+        with store.blobs.batch() as batch:
+            batch.put([b"dropped"])
+        assert store.stale_temporaries(datetime.now(UTC) + timedelta(hours=1)) == []
+
+    def test_of_a_writer_at_work_are_not_stale(self, store: Store) -> None:
+        with store.blobs.batch() as batch:
+            batch.put([noise(3 * MIB)])
+            assert store.stale_temporaries(datetime.now(UTC) - timedelta(hours=1)) == []
+
+    def test_that_are_not_there_can_be_removed(self, store: Store) -> None:
+        store.remove_temporary("0" * 32 + ".tmp")

@@ -240,11 +240,14 @@ def as_nobody(work: Callable[[], object]) -> None:
 
 
 def warm_up(folder: Path, *, torch: bool = False) -> None:
-    """Imports what making a registry, pushing and pulling needs, by doing it; with `torch` also what loading needs."""
+    """Imports what making a registry, pushing, pulling and bundles need, by doing it; with `torch` also what loading
+    needs."""
     folder.mkdir()
     with Registry.init(folder / "registry") as registry:
         registry.push(peft_folder(folder / "adapter"), "warm/up", tags=["a"], metadata={"b": 1}, metrics={"c": 2})
         registry.pull("warm/up", folder / "out")
+        registry.export("warm/up", to=folder / "bundle.tar")
+        registry.import_(folder / "bundle.tar")
         if torch:
             registry.load("warm/up")
         registry.find("r >= 1")

@@ -196,9 +196,9 @@ class TestASource:
                 path = folder / "a\0b.safetensors"
             case "line break":
                 path = folder / "a\nb\x1b[31m.safetensors"
-            case "another suffix":
+            case "another content":
                 path = folder / "model.bin"
-                path.write_bytes(safetensors_bytes(model_tensors()))
+                path.write_bytes(b"epoch,loss\n1,0.5\n" * 50)
         return path
 
     @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ class TestASource:
             ("5,000 letters", InvalidInput),
             ("NUL", InvalidInput),
             ("line break", SourceNotFound),
-            ("another suffix", InvalidInput),
+            ("another content", InvalidInput),
         ],
     )
     def test_that_is_no_file_is_refused_at_once(
@@ -267,10 +267,12 @@ class TestASource:
         with refused(root, InvalidInput, "no PEFT folder"):
             registry.push(tmp_path / "folder", "walk/new")
 
-    def test_that_is_a_pickle_says_how_to_save_it_again(self, registry: Registry, root: Path, tmp_path: Path) -> None:
+    def test_that_is_safetensors_under_the_name_of_a_pickle_says_so(
+        self, registry: Registry, root: Path, tmp_path: Path
+    ) -> None:
         folder = peft_folder(tmp_path / "folder")
         (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-        with refused(root, InvalidInput, "safe_serialization"):
+        with refused(root, InvalidInput, "found what looks like safetensors; rename it to .safetensors"):
             registry.push(folder, "walk/new")
 
     @pytest.mark.parametrize("name", ["a\\b", "a\u202eb", "a\u2028b", "tab\tb", os.fsdecode(b"\xff")], ids=ascii)

@@ -192,7 +192,7 @@ class TestInit:
     ) -> None:
         """The other one comes between any two steps, is done, and even has its first push."""
         source = tensor_file(tmp_path / "model.safetensors")
-        for step in ("_refuse_foreign", "_make_store", "create_store", "open_store", "_make_catalog", "upgrade"):
+        for step in ("_refuse_foreign", "_make_store", "create_store", "open_store", "make_catalog", "upgrade"):
             root, real = tmp_path / step, getattr(discover, step)
 
             def overtaken(*arguments: Any, real: Any = real, root: Path = root) -> Any:

@@ -61,6 +61,7 @@ def reads(root: Path, out: Path, *, new: bool = True, load: bool = False) -> Non
             if load:
                 assert registry.load(name)
         assert registry.resolve("walk/base:v1") == "walk/base@1"
+        assert registry.export(*names, to=out / "bundle.tar").blobs
 
 
 def refuses_every_write(root: Path, source: Path) -> None:
@@ -71,6 +72,7 @@ def refuses_every_write(root: Path, source: Path) -> None:
             "tag": lambda: registry.tag("walk/base@1", "prod"),
             "untag": lambda: registry.delete_tag("walk/base", "v1"),
             "protect": lambda: registry.protect_tag("walk/base", "v1"),
+            "import": lambda: registry.import_(source),
             "annotate": lambda: registry.annotate("walk/base", metadata={"a": 1}),
         }
         for what, write in writes.items():

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -286,7 +287,7 @@ class TestAnErrorOfTheSystem:
             with pytest.raises(KeyboardInterrupt) as caught:
                 push(store, interrupted())
         assert "left behind: cannot remove" in caught.value.__notes__[0]
-        assert len(store.stale_temporaries(older_than=-3600)) == 1
+        assert len(store.stale_temporaries(datetime.now(UTC) + timedelta(hours=1))) == 1
 
     def test_that_is_no_error_but_a_zero_does_not_loop_for_ever(
         self, store: LocalStore, monkeypatch: pytest.MonkeyPatch
@@ -395,7 +396,7 @@ class TestAKilledProcess:
         )
         assert done.returncode == -9
         assert list(store.blobs.digests()) == []
-        assert len(store.stale_temporaries(older_than=-3600)) == 1
+        assert len(store.stale_temporaries(datetime.now(UTC) + timedelta(hours=1))) == 1
         with store.blobs.batch() as batch:
             batch.put([b"next"])
             batch.commit()

@@ -105,8 +105,8 @@ def test_mixed_dtypes_are_judged_by_the_coarsest() -> None:
     model = Mixed(nn.Linear(16, 4), nn.Linear(4, 4).to(torch.bfloat16))
     probe = probe_of(model)
     assert (probe.dtype, probe.coarsest) == ("float32", "bfloat16")
-    assert prove(model, probe).allowed == 4 * 2**-7
-    assert prove(model.to(torch.bfloat16), probe).allowed == 10 * 2**-7
+    assert prove(model, probe).allowed == 8 * 2**-7
+    assert prove(model.to(torch.bfloat16), probe).allowed == 20 * 2**-7
 
 
 def test_the_allowed_difference_follows_from_dtypes_and_devices() -> None:
@@ -115,9 +115,10 @@ def test_the_allowed_difference_follows_from_dtypes_and_devices() -> None:
 
     assert limit(torch.float32) == limit(torch.float64, None) == limit() == EXACT
     assert limit(torch.float32, device=False) == OTHER_DEVICE
-    assert limit(torch.float32, torch.bfloat16) == 4 * 2**-7
-    assert limit(torch.bfloat16, torch.float32, dtype=False) == 10 * 2**-7
-    assert limit(torch.float16, device=False, dtype=False) == 10 * 2**-10
+    assert limit(torch.float32, torch.bfloat16) == 8 * 2**-7
+    assert limit(torch.bfloat16, torch.float32, dtype=False) == 20 * 2**-7
+    assert limit(torch.bfloat16, device=False) == 20 * 2**-7
+    assert limit(torch.float16, device=False, dtype=False) == 20 * 2**-10
 
 
 def test_inputs_that_the_model_does_not_take_are_a_finding() -> None:

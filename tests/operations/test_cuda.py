@@ -90,6 +90,24 @@ def test_a_checkpoint_is_loaded_onto_an_accelerator(registry: Registry) -> None:
         assert torch.equal(tensor.cpu(), source.state_dict()[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("made_on", "loaded_on"), [("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "cuda")])
+def test_a_probe_proves_a_model_on_another_device(
+    registry: Registry, made_on: str, loaded_on: str, dtype: torch.dtype
+) -> None:
+    source = trained(made_on)
+    states = torch.get_rng_state(), torch.cuda.get_rng_state()
+    assert registry.push(source, "walk/perturb").notes == ()
+    assert all(map(torch.equal, states, (torch.get_rng_state(), torch.cuda.get_rng_state())))
+    loaded = registry.load("walk/perturb", trained(loaded_on, dtype), prove=True)
+    proof = registry.prove("walk/perturb", loaded)
+    assert proof.worst.relative <= proof.allowed
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.mul_(1.2)
+    assert not registry.prove("walk/perturb", loaded)
+
+
 def test_a_refused_load_leaves_a_model_on_an_accelerator_as_it_was(registry: Registry) -> None:
     registry.push(trained("cpu"), "walk/perturb")
     other = get_peft_model(Model(), LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj"])).to("cuda")

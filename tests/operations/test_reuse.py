@@ -465,16 +465,18 @@ def test_twenty_checkpoints_take_one_base_and_twenty_adapters(base_first: bool, 
         model = get_peft_model(base, LoraConfig(r=32, target_modules=r"q\.\d"))
         for step in range(20):
             train(model, seed=step)
-            registry.push(
-                model, "walk/run", kind="checkpoint", base="walk/base" if base_first else None, metadata={"step": step}
-            )
+            base_name = "walk/base" if base_first else None
+            metadata = {"step": step}
+            # The law is about weights; a probe of each adds its inputs and outputs.
+            registry.push(model, "walk/run", kind="checkpoint", base=base_name, metadata=metadata, probe=False)
             adapters += sum(value.nbytes for name, value in model.state_dict().items() if ".lora_" in name)
         assert registry.get("walk/run").version == 20
         loaded = registry.load("walk/run")
         assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
     assert 40e6 < base_bytes < 42e6
     total = folder_bytes(root)
-    assert total <= 1.01 * (base_bytes + adapters)
+    # What is no weight weighs ten times as much here: manifests, headers, and since then the configurations.
+    assert total <= 1.011 * (base_bytes + adapters)
     # Of the rest, 0.3 MB is what an empty registry takes. A checkpoint adds about 200 bytes for each of its 72 tensors.
     assert (total - base_bytes - adapters - empty) / 20 < 20_000
 

@@ -25,6 +25,7 @@ from registry.core.query import Condition, parse_where
 from registry.core.reference import Reference, parse_reference
 from registry.core.safetensors_header import build_header, parse_header
 from tests.conformance import independent_documents as independent
+from tests.conformance import independent_placement
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 DIGESTS = st.binary(min_size=32, max_size=32).map(bytes.hex)
@@ -194,7 +195,7 @@ def test_a_placement_is_read_back_also_through_json(placement: Placement) -> Non
     tree = placement.to_json()
     assert Placement.from_json(tree) == placement
     assert Placement.from_json(parse_json(canonical_json(tree, "placement"))) == placement
-    spread = independent.read_placement(tree)["components"]
+    spread = independent_placement.read_placement(tree)["components"]
     assert {role: tuple(entries) for role, entries in spread.items()} == placement.components
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from uuid import uuid4
@@ -24,6 +25,7 @@ from registry.core.errors import (
     StorageError,
 )
 from registry.store import create_store, durable, open_store
+from registry.store.interface import Temporary
 from registry.store.local import LocalStore
 
 ID = "0123456789abcdef0123456789abcdef"
@@ -417,5 +419,13 @@ class TestStaleTemporaries:
         for path in (old, new):
             path.write_bytes(b"left")
         os.utime(old, (0, 0))
-        assert store.stale_temporaries(older_than=3600) == [old]
-        assert set(store.stale_temporaries(older_than=-3600)) == {old, new}
+        hour = timedelta(hours=1)
+        assert store.stale_temporaries(datetime.now(UTC) - hour) == [Temporary("old.tmp", 4)]
+        assert {one.name for one in store.stale_temporaries(datetime.now(UTC) + hour)} == {"old.tmp", "new.tmp"}
+
+    def test_are_removed_by_their_names_and_nothing_outside_of_their_folder_is(self, store: LocalStore) -> None:
+        (store.root / "tmp" / "old.tmp").write_bytes(b"left")
+        store.remove_temporary("old.tmp")
+        assert store.stale_temporaries(datetime.now(UTC) + timedelta(hours=1)) == []
+        store.remove_temporary("../registry.json")
+        assert (store.root / "registry.json").is_file()

@@ -9,7 +9,7 @@ from registry.core.adapter_config import adapter_config, canonical_config
 from registry.core.adapter_names import targets_of
 from registry.core.content_digest import content_digest
 from registry.core.layout import Layout, TensorSpec
-from tests.vectors.sample_store import hexes
+from tests.vectors.tensor_bytes import hexes
 
 FILE_NAMES = (
     "base_model.model.b.k.lora_A.weight",

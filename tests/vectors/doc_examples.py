@@ -37,17 +37,22 @@ def examples(vectors: Path) -> dict[str, str]:
     def blob(digest: str) -> bytes:
         return (store / "blobs" / "sha256" / digest[:2] / digest).read_bytes()
 
+    def read_event(name: str, seq: int) -> bytes:
+        return (store / "journal" / name / f"{seq}.json").read_bytes()
+
     def event(name: str, seq: int) -> str:
-        return pretty(json.loads((store / "journal" / name / f"{seq}.json").read_bytes()))
+        return pretty(json.loads(read_event(name, seq)))
 
     def manifest(name: str, number: int) -> dict[str, Any]:
         tree: dict[str, Any] = json.loads(blob(state[name]["versions"][str(number)]["digest"]))
         return tree
 
     tied = manifest("walk/tied", 1)["components"]["model"]["layout"]
+    run = manifest("walk/run", 1)
     adapter = manifest("walk/perturb", 3)
     part = adapter["components"]["adapter"]
-    content = content_document({"adapter": (read_layout(blob(part["layout"])), part["tensors"])}, adapter["config"])
+    tensors = (read_layout(blob(part["layout"])), part["tensors"])
+    content = content_document("adapter", {"adapter": tensors}, adapter["config"])
     return {
         "registry.json": (store / "registry.json").read_text(),
         "tensor digests": tensor_digests(json.loads((vectors / "tensors.json").read_bytes())),
@@ -57,6 +62,8 @@ def examples(vectors: Path) -> dict[str, str]:
         "tuner names": tuner_names(),
         "known LoRA keys": filled(" ".join(sorted(peft_keys.CONFIG_KEYS["LORA"] | peft_keys.COMMON_KEYS))),
         "event walk/full 1": event("walk/full", 1),
+        "state document walk/run@1 optimizer": pretty(json.loads(blob(run["components"]["optimizer"]["data"]))),
+        "placement walk/run@1": pretty(json.loads(read_event("walk/run", 1))["payload"]["placement"]),
         "event walk/perturb 3": event("walk/perturb", 3),
     }
 

@@ -19,11 +19,13 @@ from registry.core.digest import tensor_hasher
 from registry.core.event import Event, number_to_json
 from registry.core.layout import DTYPE_BITS, Layout, TensorSpec
 from registry.core.manifest import Component, File, Manifest, Parent
-from registry.core.placement import FilePlacement, Placement
+from registry.core.placement import ROLES, FilePlacement, Placement, Splice
 from tests.vectors.content_cases import content_vectors
 from tests.vectors.doc_examples import with_examples
 from tests.vectors.reference_cases import reference_vectors
-from tests.vectors.sample_store import REGISTRY_ID, hexes, make_store, stream
+from tests.vectors.sample_store import REGISTRY_ID, make_store
+from tests.vectors.state_document_cases import state_document_vectors
+from tests.vectors.tensor_bytes import hexes, stream
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "format.md"
@@ -168,9 +170,14 @@ def manifest_vectors() -> dict[str, Any]:
     )
     checkpoint = Manifest(
         "checkpoint",
-        (Component("ema", layout, ()), Component("model", layout, (hexes("t2"),)), Component("optimizer", layout, ())),
+        (
+            Component("ema", layout, ()),
+            Component("model", layout, (hexes("t2"),)),
+            Component("optimizer", layout, (hexes("t3"),), hexes("data")),
+            Component("scheduler", layout, (), hexes("data")),
+        ),
         (File("a/b.safetensors", hexes("f0"), 0, "model"), File("a/c.safetensors", hexes("f1"), 2**53 - 1, "ema")),
-        None,
+        config,
         None,
         (
             Parent("merged_from", hexes("p0"), 0.7),
@@ -206,6 +213,8 @@ def manifest_vectors() -> dict[str, Any]:
         (changed(components={"Adapter": part}), "a role in upper case"),
         (changed(components={"adapter": {**part, "layout": None}}), "no layout"),
         (changed(components={"adapter": {**part, "note": 1}}), "an unknown member of a component"),
+        (changed(components={"adapter": {**part, "data": None}}), "a state document that is null"),
+        (changed(components={"adapter": {**part, "data": hexes("data")[:8]}}), "a state document that is no digest"),
         (changed(files=[tensors, plain]), "files out of order"),
         (changed(files=[plain, plain]), "a path twice"),
         (changed(files=[plain, {**tensors, "component": "model"}]), "a file of an unknown component"),
@@ -243,16 +252,34 @@ BAD_PATHS = (
 
 
 def placement_vectors() -> dict[str, Any]:
-    blobs = tuple((hexes(f"b{place}"), role) for place, role in enumerate(("tensors", "reused", "header", "layout")))
+    blobs = tuple((hexes(f"b{place}"), role) for place, role in enumerate(ROLES))
     entries = ((0, 0), (0, 1), (1, 5), (0, 2), (1, 6), (1, 7), (1, 7))
-    placement = Placement(blobs, {"model": entries, "ema": ()}, {"model.safetensors": FilePlacement(2, False)})
+    splices = (
+        Splice(0, "model", 0, 3),
+        Splice(9, "ema", 0, 1),
+        Splice(9, "model", 3, 1),
+        Splice(2**53 - 1, "ema", 0, 1),
+    )
+    placement = Placement(
+        blobs,
+        {"model": entries, "ema": ((7, 0),), "scheduler": ()},
+        {
+            "model.safetensors": FilePlacement(2, False),
+            "config.json": FilePlacement(3, True),
+            "run.pth": FilePlacement(2, False, splices),
+            "last.pth": FilePlacement(3, False, ()),
+        },
+    )
     tree = placement.to_json()
+
+    def spliced(*splices: Any) -> dict[str, Any]:
+        return {**tree, "files": {"run.pth": [2, False, [*splices]]}}
 
     def changed(**members: Any) -> dict[str, Any]:
         return {**tree, **members}
 
     refused = [
-        (changed(components={"model": [[4, 0, 1]]}), "a blob that is not listed"),
+        (changed(components={"model": [[len(blobs), 0, 1]]}), "a blob that is not listed"),
         (changed(components={"model": [[-1, 0, 1]]}), "a negative position"),
         (changed(components={"model": [[0, -1, 1]]}), "a negative ordinal"),
         (changed(components={"model": [[0, 0, 0]]}), "an empty run"),
@@ -260,16 +287,33 @@ def placement_vectors() -> dict[str, Any]:
         (changed(components={"model": [[0, 0]]}), "a run of two numbers"),
         (changed(components={"model": [["0", 0, 1]]}), "a position that is text"),
         (changed(components={"model": [[True, 0, 1]]}), "a position that is a flag"),
-        (changed(files={"model.safetensors": [4, True]}), "a blob that is not listed"),
+        (changed(files={"model.safetensors": [len(blobs), True]}), "a file in a blob that is not listed"),
         (changed(files={"model.safetensors": [2, 0]}), "a number for a flag"),
         (changed(files=[]), "a list for an object"),
+        (changed(components={"model": 7}), "a number for a list"),
+        (changed(files={"run.pth": [3, True, []]}), "splices in a whole file"),
+        (changed(files={"run.pth": [2, False, None]}), "splices that are null"),
+        (changed(files={"run.pth": [2, False, [], []]}), "splices twice"),
+        (changed(files={"run.pth": [2]}), "no flag"),
+        (spliced([0, "model", 0]), "a splice of three"),
+        (spliced([-1, "model", 0, 1]), "a splice before the begin"),
+        (spliced([9, "model", 0, 1], [8, "model", 1, 1]), "splices that do not ascend"),
+        (spliced([2**53, "model", 0, 1]), "a splice beyond 2**53 - 1"),
+        (spliced([0.5, "model", 0, 1]), "a splice at half a byte"),
+        (spliced([0, "model", -1, 1]), "a splice of a negative tensor"),
+        (spliced([0, "model", 0, 0]), "an empty splice"),
+        (spliced([0, "model", 5, 3]), "a splice of more tensors than there are"),
+        (spliced([0, "model", True, 1]), "a splice with a flag"),
+        (spliced([0, "optimizer", 0, 1]), "a splice of an unknown component"),
+        (spliced([0, "scheduler", 0, 1]), "a splice of a component without tensors"),
+        (spliced([0, None, 0, 1]), "a splice of no component"),
         (changed(blobs=[[blobs[0][0], "stolen"]]), "an unknown role"),
         (changed(blobs=[[blobs[0][0][:8], "tensors"]]), "no digest"),
         (changed(blobs=[*tree["blobs"], tree["blobs"][0]]), "a blob twice"),
         ({"blobs": []}, "members are missing"),
     ]
     return {
-        "cases": [{"json": tree, "entries": {"model": entries, "ema": []}}],
+        "cases": [{"json": tree, "entries": {"model": entries, "ema": [(7, 0)], "scheduler": []}}],
         "refused": [{"json": one, "reason": reason} for one, reason in refused],
     }
 
@@ -291,6 +335,7 @@ def event_vectors() -> list[dict[str, Any]]:
         ("tag_protected", 2, "prod", at, "ada", {"why": None}),
         ("tag_unprotected", 2, "prod", at, "ada", {"why": "retrained"}),
         ("tag_deleted", 2, "prod", at, "ada", {"from": 2, "why": None}),
+        ("described", 2, None, at, "ada", {"blobs": {"live_names": hexes("names"), "probe": hexes("probe")}}),
         ("note", 2, None, at.replace(microsecond=0), "ünal", {"text": "flew twice"}),
         ("note", 2, None, datetime(999, 1, 1, 1, tzinfo=UTC), "a clock that is off", {"text": ""}),
         ("note", 2, None, datetime(2026, 11, 1, 16, tzinfo=timezone(timedelta(hours=2))), "ada", {"text": "\u2028"}),
@@ -329,6 +374,7 @@ def make(folder: Path) -> None:
         "layouts": layout_vectors(),
         "manifests": manifest_vectors(),
         "placements": placement_vectors(),
+        "state_documents": state_document_vectors(),
         "content": content_vectors(),
         "references": reference_vectors(),
         "events": event_vectors(),

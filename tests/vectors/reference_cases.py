@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from registry.core.reference import parse_reference
-from tests.vectors.sample_store import hexes
+from tests.vectors.tensor_bytes import hexes
 
 
 def reference_vectors() -> dict[str, Any]:

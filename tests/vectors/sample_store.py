@@ -5,64 +5,24 @@ journal. The clock ticks once before each call of the registry, so it does not m
 
 from __future__ import annotations
 
-import json
-import struct
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
-from hashlib import shake_128
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from registry import Registry
+from registry.formats.paths import read_path
 from registry.operations.environment import Environment
 from tests.conformance.catalog_state import catalog_state
+from tests.vectors.sample_files import checkpoint_file, write_shards
+from tests.vectors.tensor_bytes import Tensor, floats, nan, safetensors_file, stream
 
 REGISTRY_ID = "0123456789abcdef0123456789abcdef"
 START = datetime(2026, 11, 1, 12, 0, tzinfo=UTC)
-
-Tensor = tuple[str, str, Sequence[int], bytes]  # name, dtype, shape, bytes
-
-
-def stream(seed: str, length: int) -> bytes:
-    """Bytes that look random and follow from the seed."""
-    return shake_128(seed.encode()).digest(length)
-
-
-def hexes(seed: str) -> str:
-    """A digest of nothing in particular."""
-    return stream(seed, 32).hex()
-
-
-def floats(seed: str, count: int) -> bytes:
-    """Little-endian float32 between -1 and 1, all of them finite."""
-    words = struct.unpack(f"<{count}h", stream(seed, 2 * count))
-    return struct.pack(f"<{count}f", *(word / 32768 for word in words))
-
-
-def safetensors_file(
-    tensors: Sequence[Tensor], metadata: Mapping[str, str] | None = None, *, reverse: bool = False
-) -> bytes:
-    """A safetensors file with the data in the given order.
-
-    Args:
-        reverse: names the tensors in the header from the last to the first, which the format allows.
-    """
-    header: dict[str, Any] = {}
-    end = 0
-    for name, dtype, shape, data in tensors:
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + len(data)]}
-        end += len(data)
-    if reverse:
-        header = dict(reversed(header.items()))
-    if metadata:
-        header["__metadata__"] = dict(metadata)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + b"".join(data for *_, data in tensors)
 
 
 def base_tensors() -> list[Tensor]:
@@ -237,9 +197,7 @@ def fill(registry: Ticking, work: Path, clock: Clock) -> None:
     tied = [("embed.weight", "F16", [64], stream("tied", 128)), ("head.weight", "F16", [64], stream("tied", 128))]
     registry.push(file("tied", [*tied, ("mid.weight", "I16", [64], stream("mid", 128))]), "walk/tied")
     # An adapter without a configuration, with a tensor that is not finite.
-    broken = [
-        (n, d, s, (struct.pack("<f", float("nan")) + b[4:]) if "B" in n else b) for n, d, s, b in lora_tensors("x")
-    ]
+    broken = [(n, d, s, nan(b) if "B" in n else b) for n, d, s, b in lora_tensors("x")]
     registry.push(file("bare", broken), "walk/bare", kind="adapter")
     registry.push(
         write_folder(work / "merged", PEFT_CONFIG, lora_tensors("merged")),
@@ -247,6 +205,52 @@ def fill(registry: Ticking, work: Path, clock: Clock) -> None:
         base="walk/base@1",
         parents=[("merged_from", "walk/perturb@3", 0.7), ("merged_from", "walk/perturb@1", 0.3)],
     )
+    # A checkpoint that carries an adapter, and its configuration with it.
+    registry.push(
+        file("adapted", checkpoint_tensors("third"), metadata={"adapter_config": PEFT_CONFIG}),
+        "walk/full",
+        tags=["lora"],
+    )
+    push_other_forms(registry, work)
+    take_away(registry, work)
+
+
+def push_other_forms(registry: Ticking, work: Path) -> None:
+    """Files of several components, several files of one, and bases whose bytes stay where they are."""
+    known = next((dtype, list(shape), data) for name, dtype, shape, data in base_tensors() if name == "q_proj.weight")
+    run = work / "run.pth"
+    run.write_bytes(checkpoint_file(known))
+    registry.push(run, "walk/run", base="walk/base@1")
+    # One component in two files; a map to the live names comes with it, as a blob that an event names.
+    registry.push(write_shards(work / "shards", "shards"), "walk/shards")
+
+    def external(path: Path, name: str) -> None:
+        source = read_path(path)
+        source.origin = {"path": f"/models/{path.name}", "hub_id": "someone/far", "revision": "main"}
+        registry.push(source, name, external=True)
+
+    far = work / "far.safetensors"
+    far.write_bytes(safetensors_file([("far.weight", "F32", [40, 16], floats("far", 640))], {"format": "pt"}))
+    external(far, "walk/far")
+    external(write_shards(work / "apart", "apart"), "walk/far")
+    registry.push(write_folder(work / "onfar", PEFT_CONFIG, lora_tensors("onfar")), "walk/onfar", base="walk/far@1")
+    # Known without its bytes first, and pushed with them later.
+    near = work / "near.safetensors"
+    near.write_bytes(safetensors_file([("near.weight", "F32", [4], nan(floats("near", 4)))]))
+    external(near, "walk/near")
+    registry.push(near, "walk/near")
+
+
+def take_away(registry: Ticking, work: Path) -> None:
+    """Versions that are removed, restored and purged."""
+    for seed in ("kept", "purged", "removed"):
+        path = work / f"{seed}.safetensors"
+        path.write_bytes(safetensors_file([("weight", "F32", [4, 4], floats(seed, 16))]))
+        registry.push(path, "walk/gone", tags=[seed])
+    registry.remove("walk/gone@1", "walk/gone@2", why="by mistake")
+    registry.restore("walk/gone@1", why="it was none")
+    registry.gc(grace=timedelta(0))
+    registry.remove("walk/gone@3")
 
 
 def make_store(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,38 @@
+"""The end of a blob: its file goes while its row is locked, then the row. `gc` does this with what it has marked, and
+a push that meets such a blob does it too, so that nobody has to wait for a `gc` that was killed in between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from registry.catalog import garbage
+from registry.catalog.rows import batches
+from registry.operations.context import Context
+
+TURN = 50
+"""Blobs in one transaction: on SQLite the other writers wait for their files to be removed."""
+
+
+def finish_deleting(context: Context) -> None:
+    """Ends every deletion that has begun, also one that another process is just at: for that it waits."""
+    with context.reading() as connection:
+        marked = garbage.deleting_digests(connection)
+    delete_marked(context, marked)
+
+
+def delete_marked(context: Context, digests: Sequence[str]) -> dict[str, int]:
+    """Deletes those of these blobs that are still marked, a few in each transaction.
+
+    Returns:
+        Bytes that were freed, by digest.
+    """
+    freed: dict[str, int] = {}
+    for batch in batches(digests, TURN):
+        with context.writing() as connection:
+            # A `gc` that was held up here until its lease ran out still has the locks, or finds nothing any more.
+            rows = garbage.lock_deleting(connection, batch)
+            for row in rows:
+                freed[row.digest] = row.size if context.store.blobs.contains(row.digest) else 0
+                context.store.blobs.delete(row.digest)
+            garbage.forget_blobs(connection, [row.id for row in rows])
+    return freed

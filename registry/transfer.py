@@ -1,0 +1,63 @@
+"""The facade's part for bundles: versions out of one registry and into another. `Registry` takes it in; no policy lives
+here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from registry.operations.context import Context
+
+if TYPE_CHECKING:
+    from registry.operations.exporting import ExportResult
+    from registry.operations.importing import ImportResult
+
+
+class Transfer:
+    """Export and import of a registry that is open."""
+
+    _context: Context
+
+    def export(
+        self, *references: str, to: str | os.PathLike[str], no_base: bool = False, force: bool = False
+    ) -> ExportResult:
+        """Writes versions, with their bases, ancestors and events, as one bundle that another registry can import.
+
+        The same versions give the same bytes, until something is said of them again.
+
+        Args:
+            to: a file that ends in `.tar`, else a folder, which is made or may be empty.
+            no_base: leave out the tensors of bases that were not asked for; they are recorded where the bundle is
+                imported, and can be pushed there later.
+            force: replace a tar file that is there.
+
+        Raises:
+            NotFound, InvalidReference
+            NotStored: a version that was asked for is known without its bytes, or a base cannot be left out.
+            DestinationExists, InvalidInput: nothing is written.
+            DigestMismatch, Corrupt, BlobNotFound: the store is damaged; nothing is left behind.
+            ReadOnly, NoSpace
+        """
+        from registry.operations.exporting import export
+
+        return export(self._context, references, Path(to), no_base=no_base, force=force)
+
+    def import_(self, bundle: str | os.PathLike[str], *, name: str | None = None) -> ImportResult:
+        """Takes in the versions of a bundle. All of it is proven before anything is written.
+
+        Versions get new numbers, unless their name has the very same ones already; an import that was cut off is
+        completed by the same again. Tags that are not there are set, others stay where they are.
+
+        Args:
+            bundle: a folder or a tar file that `export` wrote.
+            name: `namespace/name` for the versions that were asked for, instead of the one that they had.
+
+        Raises:
+            SourceNotFound, InvalidReference
+            InvalidInput, Corrupt, DigestMismatch: it is no bundle, or a damaged one; nothing is taken in.
+            ReadOnly, NoSpace: versions that were taken in before are whole, and stay.
+        """
+        from registry.operations.importing import import_bundle
+
+        return import_bundle(self._context, Path(bundle), name=name)
