@@ -1,5 +1,5 @@
-"""What can be asked of a registry without loading anything: versions, their history and lineage, what differs. A part of
-the facade, which `Registry` inherits."""
+"""What can be asked of a registry without loading anything: versions, history and lineage, and what differs. A part
+of the facade, which `Registry` inherits."""
 
 from __future__ import annotations
 
