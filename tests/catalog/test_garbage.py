@@ -212,6 +212,15 @@ class TestALease:
         with pytest.raises(InUse):
             leases.take(connection, "gc", "two", AT + MINUTE, MINUTE)
 
+    def test_of_a_clock_that_was_far_ahead_holds_nobody_up(self, connection: Connection) -> None:
+        leases.take(connection, "gc", "ahead", AT + 1000 * MINUTE, MINUTE)
+        assert leases.take(connection, "gc", "two", AT, MINUTE).holder == "two"
+
+    def test_of_a_clock_that_is_a_little_ahead_counts(self, connection: Connection) -> None:
+        leases.take(connection, "gc", "ahead", AT + MINUTE / 2, MINUTE)
+        with pytest.raises(InUse):
+            leases.take(connection, "gc", "two", AT, MINUTE)
+
     def test_is_one_for_each_purpose(self, connection: Connection) -> None:
         leases.take(connection, "gc", "one", AT, MINUTE)
         leases.take(connection, "transfer", "two", AT, MINUTE)
