@@ -285,6 +285,7 @@ def _push_once(
         name = context.lock(connection, request.namespace, request.name, create=True)
         version = version_by_digest(connection, name.id, described.manifest.digest)
         created = version is None
+        back: Event | None = None
         if version is None:
             if before_storing is not None:
                 before_storing(described)
@@ -293,17 +294,21 @@ def _push_once(
             new = _new_version(source, described, stored, ancestry, request, environment)
             version = insertion.insert_version(name, new)
         elif stored is not None:
-            insertion.put_back(name, version, _new_version(source, described, stored, ancestry, request, environment))
-            notes.append("gc had taken its bytes, and it is back")
+            back = insertion.put_back(
+                name, version, _new_version(source, described, stored, ancestry, request, environment)
+            )
         elif removal.states(connection, [version.id])[version.id] == "purged":
             raise InUse(f"{request.namespace}/{request.name} changed during the push; push again")
-        elif removal.restore(name, version, actor=actor(), at=now(), why=insertion.PUSHED_AGAIN) is not None:
+        else:
+            back = removal.restore(name, version, actor=actor(), at=now(), why=insertion.PUSHED_AGAIN)
+        if back is not None:
             notes.append("it had been removed, and is back")
         if stored is not None:
             bytes_added = stored.bytes_new
             _require_blobs(context, stored.blobs)
         if filled:
             blobs.mark_present(connection, filled)
+            _require_files(context, filled)
         for role in descriptions_of(connection, version.id):  # another push may have been faster
             descriptions.pop(role, None)
         add_descriptions(name, version, descriptions, actor=actor(), at=now())
@@ -358,7 +363,7 @@ def _known(context: Context, request: Request, digest: str) -> _Known | None:
     """What is known of this very version under the name; None where the name has it not.
 
     Raises:
-        TagProtected: it has not, and a tag that should move to it is protected; told before anything is stored.
+        TagProtected: its bytes are to be stored, and a tag that should move to it is protected; told before any is.
     """
     with context.reading() as connection:
         try:
@@ -366,11 +371,12 @@ def _known(context: Context, request: Request, digest: str) -> _Known | None:
         except ArtifactNotFound:
             return None
         known = version_by_digest(connection, identifier, digest)
-        if known is None:
+        state = None if known is None else removal.states(connection, [known.id])[known.id]
+        if state in (None, "purged"):
             tags.refuse_protected(connection, identifier, f"{request.namespace}/{request.name}", request.tags)
+        if known is None or state is None:
             return None
         external = blobs.external_of_version(connection, known.id)
-        state = removal.states(connection, [known.id])[known.id]
         return _Known(state, frozenset(external), descriptions_of(connection, known.id))
 
 
@@ -409,9 +415,13 @@ def _require_blobs(context: Context, stored: Iterable[blobs.NewBlob]) -> None:
     Raises:
         InUse
     """
-    for blob in stored:
-        if not blob.external and not context.store.blobs.contains(blob.digest):
-            raise InUse(f"blob {blob.digest} was deleted during the push; push again")
+    _require_files(context, (blob.digest for blob in stored if not blob.external))
+
+
+def _require_files(context: Context, digests: Iterable[str]) -> None:
+    for digest in digests:
+        if not context.store.blobs.contains(digest):
+            raise InUse(f"blob {digest} was deleted during the push; push again")
 
 
 def _say_again(name: LockedName, version: VersionKey, said: Sequence[Said]) -> None:
