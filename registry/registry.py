@@ -190,10 +190,11 @@ class Registry(Questions, Transfer, Upkeep):
             ReadOnly, NoSpace: nothing is visible.
         """
         from registry.operations import push
+        from registry.operations.push_request import check_request
         from registry.operations.opening import Opening
 
         edges = [*parents] if continued_from is None else [("continued_from", continued_from, None), *parents]
-        request = push.check_request(
+        request = check_request(
             name,
             base=base,
             tags=tags,

@@ -18,7 +18,8 @@ from registry.core.errors import InUse
 from registry.core.layout import Layout, TensorSpec
 from registry.core.state_document import state_document
 from registry.formats.source import PlainFileInMemory, Source, TensorFile, TensorFileOnDisk
-from registry.operations.push import check_request, push
+from registry.operations.push import push
+from registry.operations.push_request import check_request
 from tests.conformance.catalog_state import catalog_state
 from tests.conformance.independent_reader import check_store
 from tests.vectors.tensor_bytes import Tensor, nan, safetensors_file, stream
