@@ -190,8 +190,8 @@ class Registry(Questions, Transfer, Upkeep):
             ReadOnly, NoSpace: nothing is visible.
         """
         from registry.operations import push
-        from registry.operations.push_request import check_request
         from registry.operations.opening import Opening
+        from registry.operations.push_request import check_request
 
         edges = [*parents] if continued_from is None else [("continued_from", continued_from, None), *parents]
         request = check_request(
