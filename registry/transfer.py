@@ -1,5 +1,5 @@
-"""The facade's part for bundles: versions out of one registry and into another. `Registry` takes it in; no policy lives
-here."""
+"""The facade's part for many versions at once: bundles out of one registry and into another, and trees of folders that
+move in. `Registry` takes it in; no policy lives here."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from registry.operations.context import Context
 
 if TYPE_CHECKING:
+    from registry.operations.adoption import Adoption, Progress
     from registry.operations.exporting import ExportResult
     from registry.operations.importing import ImportResult
 
 
 class Transfer:
-    """Export and import of a registry that is open."""
+    """Export, import and adoption of a registry that is open."""
 
     _context: Context
 
@@ -61,3 +62,47 @@ class Transfer:
         from registry.operations.importing import import_bundle
 
         return import_bundle(self._context, Path(bundle), name=name)
+
+    def adopt(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        namespace: str | None = None,
+        dry_run: bool = False,
+        external_over: int | None = 2 << 30,
+        keep_duplicates: bool = False,
+        attachments: bool = True,
+        attachment_limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> Adoption:
+        """Pushes all adapters and checkpoints of a tree of folders that is not in yet; see `registry adopt --help`.
+
+        One that is broken stops no other, and one whose content is in the registry is not pushed again. Each version's
+        metadata has `adopted_from`, its path in the tree. An adoption that was cut off goes on when it is repeated.
+
+        Args:
+            namespace: of all names; by default the folder's own name.
+            dry_run: plan only; nothing is written.
+            external_over: bases of more bytes are recorded as external; None: none is.
+            keep_duplicates: push also what is there under another name or path.
+            attachments, attachment_limit: as for a push, but a file over the limit is left out and noted.
+            progress: called with a phase (`scan`, `look`, `push`), how many are done, of how many (0: not known), and a
+                path.
+
+        Raises:
+            SourceNotFound, InvalidInput, InvalidReference: of the folder or the namespace; nothing is done.
+            ReadOnly, NoSpace, StoreUnreachable, Corrupt: of the registry; what was adopted before stays.
+        """
+        from registry.operations.adopt import adopt
+
+        return adopt(
+            self._context,
+            Path(folder),
+            namespace=namespace,
+            dry_run=dry_run,
+            external_over=external_over,
+            keep_duplicates=keep_duplicates,
+            attachments=attachments,
+            attachment_limit=attachment_limit,
+            progress=progress,
+        )
