@@ -78,9 +78,8 @@ def versions_with(connection: Connection, namespace: str, key: str, others: Coll
 
 
 def versions_of_content(connection: Connection, content_digest: str, keys: Collection[str] = ()) -> list[VersionRow]:
-    """Present versions with this content, under whatever name; the oldest first."""
-    statement = _ROWS.where(version.c.content_digest == content_digest, version.c.state == "present")
-    return _rows(connection, statement, keys)
+    """Versions with this content, under whatever name, removed ones too; the oldest first."""
+    return _rows(connection, _ROWS.where(version.c.content_digest == content_digest), keys)
 
 
 def bases(connection: Connection, keys: Collection[str] = ()) -> list[VersionRow]:

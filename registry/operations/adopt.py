@@ -35,6 +35,7 @@ from registry.operations.adopt_plan import (
     make_plan,
     one_line,
     path_text,
+    removed_why,
 )
 from registry.operations.adoption import Adoption, Item, Progress
 from registry.operations.base_guess import BaseGuess, listed
@@ -83,6 +84,14 @@ class _SameContent(Exception):
         self.rows = rows
 
 
+class _WasRemoved(Exception):
+    """The version that it would be again was removed."""
+
+    def __init__(self, row: VersionRow) -> None:
+        super().__init__(row.reference)
+        self.row = row
+
+
 class _Work:
     """Does a plan, one item after another."""
 
@@ -116,6 +125,9 @@ class _Work:
             return self._push(step, replace(item, continued_from=parent))
         except _SameContent as same:
             return self._as_duplicate(step, item, same.rows)
+        except _WasRemoved as removed:
+            row = removed.row
+            return replace(item, base=row.base, verdict="left out", reference=row.reference, why=removed_why(row))
         except _OF_THE_REGISTRY:
             raise
         except RegistryError as error:
@@ -133,8 +145,7 @@ class _Work:
         source.origin = origin_of(step.artifact.place)
 
         def before_storing(described: Description) -> None:
-            if not self._keep_duplicates:
-                self._refuse_same(item.name, described)
+            self._refuse_same(item, described)
 
         result = push(self._context, source, request, before_storing=before_storing)
         return replace(
@@ -157,11 +168,18 @@ class _Work:
         said |= {key: origin[of] for key, of in ((HUB_ID, "hub_id"), (HUB_REVISION, "revision")) if of in origin}
         return said
 
-    def _refuse_same(self, name: str, described: Description) -> None:
+    def _refuse_same(self, item: Item, described: Description) -> None:
         with self._context.reading() as connection:
             rows = versions_of_content(connection, described.content_digest, (FROM,))
-        if rows and not any(row.artifact == name and row.digest == described.manifest.digest for row in rows):
-            raise _SameContent(rows)
+        own = [row for row in rows if row.artifact == item.name]
+        if any(row.digest == described.manifest.digest and row.state == "present" for row in own):
+            return  # this very version
+        present = [row for row in rows if row.state == "present"]
+        if present and not self._keep_duplicates:
+            raise _SameContent(present)
+        gone = [row for row in own if row.state != "present" and row.metadata.get(FROM) == path_text(item.path)]
+        if gone:
+            raise _WasRemoved(gone[0])
 
     def _as_duplicate(self, step: Step, item: Item, rows: list[VersionRow]) -> Item:
         own = [row for row in rows if row.artifact == item.name and row.metadata.get(FROM) == path_text(item.path)]

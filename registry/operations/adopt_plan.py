@@ -245,9 +245,12 @@ def _as_known(item: Item, row: VersionRow) -> Item:
         item = replace(item, step=int(step))
     if row.state == "present":
         return item
-    return replace(
-        item, verdict="left out", why=f"{row.reference} was this, and was removed; restore it to have it back"
-    )
+    return replace(item, verdict="left out", why=removed_why(row))
+
+
+def removed_why(row: VersionRow) -> str:
+    """What there is to say of an artifact whose version was taken away."""
+    return f"{row.reference} was this, and was {row.state}; push it by hand to have it back"
 
 
 def one_line(error: Exception, root: Path) -> str:

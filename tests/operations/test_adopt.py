@@ -470,15 +470,18 @@ def test_an_adapter_that_learned_nothing_but_nan_is_in_with_its_findings(registr
 
 
 def test_what_was_removed_is_not_brought_back(registry: Registry, tmp_path: Path) -> None:
-    from sqlalchemy import text
-
-    save_adapter(tmp_path / "tree/lora", seed=1)
+    folder = save_adapter(tmp_path / "tree/lora", seed=1)
     registry.adopt(tmp_path / "tree")
-    with registry._context.writing() as connection:
-        connection.execute(text("UPDATE version SET state = 'removed'"))
+    registry.remove("tree/lora@1")
+    for touched in (False, True):
+        if touched:
+            os.utime(folder / "adapter_config.json")
+        (item,) = registry.adopt(tmp_path / "tree").items
+        assert (item.verdict, item.reference) == ("left out", "tree/lora@1")
+        assert item.why == "tree/lora@1 was this, and was removed; push it by hand to have it back"
+    registry.push(folder, "tree/lora")
     (item,) = registry.adopt(tmp_path / "tree").items
-    assert (item.verdict, item.reference) == ("left out", "tree/lora@1")
-    assert "was removed; restore it" in item.why
+    assert (item.verdict, item.reference) == ("there", "tree/lora@1")
 
 
 def test_the_registry_may_lie_in_the_tree(tmp_path: Path) -> None:
