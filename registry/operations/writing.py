@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from registry.catalog.blobs import NewBlob, StoredTensor, find_tensors, find_together
 from registry.core.digest import tensor_hasher
-from registry.core.errors import InvalidInput
+from registry.core.errors import BlobNotFound, InUse, InvalidInput
 from registry.core.layout import Layout
 from registry.core.placement import FilePlacement, Placement, Splice
 from registry.core.safetensors_header import build_header
@@ -125,9 +125,8 @@ def _plan(context: Context, file: TensorFile, digests: FileDigests, base_tensors
 
     def present(stored: StoredTensor) -> bool:
         if stored.blob not in usable:
-            blobs = context.store.blobs
             # A torn blob is no place to take a tensor from: its bytes are here, and are stored again.
-            usable[stored.blob] = blobs.contains(stored.blob) and blobs.size(stored.blob) == stored.blob_size
+            usable[stored.blob] = _stored_size(context, stored.blob) == stored.blob_size
         return usable[stored.blob]
 
     own = set(digests.tensors)
@@ -136,6 +135,14 @@ def _plan(context: Context, file: TensorFile, digests: FileDigests, base_tensors
         for offered in (base_tensors, *together)
     ]
     return plan_reuse(file.layout, digests.tensors, candidates, file_size=file.size)
+
+
+def _stored_size(context: Context, digest: str) -> int | None:
+    """Bytes of a blob; None where it is not in the store (any more: gc may be at work)."""
+    try:
+        return context.store.blobs.size(digest)
+    except BlobNotFound:
+        return None
 
 
 def store_version(
@@ -265,10 +272,9 @@ class _Writer:
     def whole_file(self, written: WrittenFile) -> StoredBlob:
         """The file as one blob."""
         file, digests = written.file, written.digests
-        blobs = self._context.store.blobs
         if written.staged is not None:
             return written.staged
-        if blobs.contains(digests.sha256) and blobs.size(digests.sha256) == file.size:
+        if _stored_size(self._context, digests.sha256) == file.size:
             return StoredBlob(digests.sha256, file.size, created=False)
         stored = self._batch.put(file.chunks())
         if stored.digest != digests.sha256:
@@ -280,7 +286,9 @@ class _Writer:
         return self._add(stored, "tensors", blob)
 
     def _reused_blob(self, digest: str) -> int:
-        size = self._context.store.blobs.size(digest)
+        size = _stored_size(self._context, digest)
+        if size is None:  # it was there when the reuse was planned
+            raise InUse(f"blob {digest} was deleted during the push; push again")
         return self._add(StoredBlob(digest, size, created=False), "reused", NewBlob(digest, size))
 
     def add(self, stored: StoredBlob, role: str) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from registry import Registry
-from registry.core.errors import BlobNotFound, InUse
+from registry.core.errors import InUse
 from registry.operations.deleting import finish_deleting
 from registry.store import open_store
 from tests.failures.stages import interrupted_at_every_stage, killed_at_every_stage
@@ -148,7 +148,7 @@ def push(registry: Registry, source: Path, name: str) -> int:
     while True:
         try:
             return registry.push(source, name).version
-        except (InUse, BlobNotFound):  # the latter of a blob that it was about to reuse
+        except InUse:
             finish_deleting(registry._context)
 
 
