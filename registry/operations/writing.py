@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from registry.catalog.blobs import NewBlob, StoredTensor, find_tensors, find_together
 from registry.core.digest import tensor_hasher
-from registry.core.errors import BlobNotFound, InvalidInput
+from registry.core.errors import BlobNotFound, InUse, InvalidInput
 from registry.core.layout import Layout
 from registry.core.placement import FilePlacement, Placement, Splice
 from registry.core.safetensors_header import build_header
@@ -126,7 +126,7 @@ def _plan(context: Context, file: TensorFile, digests: FileDigests, base_tensors
     def present(stored: StoredTensor) -> bool:
         if stored.blob not in usable:
             # A torn blob is no place to take a tensor from: its bytes are here, and are stored again.
-            usable[stored.blob] = _size_in_store(context, stored.blob) == stored.blob_size
+            usable[stored.blob] = _stored_size(context, stored.blob) == stored.blob_size
         return usable[stored.blob]
 
     own = set(digests.tensors)
@@ -137,10 +137,11 @@ def _plan(context: Context, file: TensorFile, digests: FileDigests, base_tensors
     return plan_reuse(file.layout, digests.tensors, candidates, file_size=file.size)
 
 
-def _size_in_store(context: Context, digest: str) -> int | None:
+def _stored_size(context: Context, digest: str) -> int | None:
+    """Bytes of a blob; None where it is not in the store (any more: gc may be at work)."""
     try:
         return context.store.blobs.size(digest)
-    except BlobNotFound:  # gc may take it at any moment before this push has rows that need it
+    except BlobNotFound:
         return None
 
 
@@ -262,7 +263,7 @@ class _Writer:
             position = self._tensors_blob(stored, layout, [digests.tensors[ordinal] for ordinal in plan.new])
             where = {ordinal: (position, place) for place, ordinal in enumerate(plan.new)}
         for ordinal, reused in plan.reused.items():
-            where[ordinal] = (self._reused_blob(reused), reused.ordinal)
+            where[ordinal] = (self._reused_blob(reused.blob), reused.ordinal)
         for ordinal, first in plan.repeats.items():
             where[ordinal] = where[first]
         skeleton = self.add(self._batch.put(_skeleton(file)), "header")
@@ -273,7 +274,7 @@ class _Writer:
         file, digests = written.file, written.digests
         if written.staged is not None:
             return written.staged
-        if _size_in_store(self._context, digests.sha256) == file.size:
+        if _stored_size(self._context, digests.sha256) == file.size:
             return StoredBlob(digests.sha256, file.size, created=False)
         stored = self._batch.put(file.chunks())
         if stored.digest != digests.sha256:
@@ -284,9 +285,11 @@ class _Writer:
         blob = NewBlob(stored.digest, stored.size, layout, tuple(tensors), self._index_all)
         return self._add(stored, "tensors", blob)
 
-    def _reused_blob(self, stored: StoredTensor) -> int:
-        blob = NewBlob(stored.blob, stored.blob_size)
-        return self._add(StoredBlob(blob.digest, blob.size, created=False), "reused", blob)
+    def _reused_blob(self, digest: str) -> int:
+        size = _stored_size(self._context, digest)
+        if size is None:  # it was there when the reuse was planned
+            raise InUse(f"blob {digest} was deleted during the push; push again")
+        return self._add(StoredBlob(digest, size, created=False), "reused", NewBlob(digest, size))
 
     def add(self, stored: StoredBlob, role: str) -> int:
         """Takes in a blob without tensors; its position in the placement."""
