@@ -58,6 +58,8 @@ def read_path(path: Path, *, attachment_limit: int | None = ATTACHMENT_LIMIT) ->
         return read_pickled_file(path)
     if path.suffix == ".safetensors" or head[8:9] == b"{":
         return read_safetensors_file(path)
+    if path.suffix in (".pth", ".pt", ".ckpt", ".bin"):
+        return read_pickled_file(path)  # which says what it is instead
     raise InvalidInput(
         f"{shown(str(path), 200)}: expected a PEFT or model folder, a .safetensors file, or one of torch.save "
         f"(.pth, .pt, .ckpt, .bin), found something else"
