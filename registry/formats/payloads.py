@@ -155,6 +155,11 @@ def _role(key: object, what: str) -> str:
 
 
 def _add(payload: _Payload, role: str, key: str, tree: object, what: str) -> None:
+    if role == TRAINING and key not in payload.training:
+        payload.training[key] = tree  # the component of that name is ours
+        return
+    if role == TRAINING:
+        raise InvalidInput(f"{what} has {shown(key)} twice; save one of them under another key")
     if role in payload.state_dicts:
         both = f"{shown(payload.state_dicts[role][0])} and {shown(key)}"
         raise InvalidInput(f"{what} holds two state dicts that could be its {role}, {both}; save one of them alone")

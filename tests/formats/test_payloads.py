@@ -150,6 +150,16 @@ def test_a_dict_that_holds_itself_comes_back_as_it_was(tmp_path: Path) -> None:
         assert (tmp_path / "out.pth").read_bytes() == path.read_bytes()
 
 
+def test_tensors_under_the_key_training_stand_beside_the_plain_values(tmp_path: Path) -> None:
+    run = {"model": model().state_dict(), "training": {"losses": torch.ones(3)}, "epoch": 2}
+    path = saved(tmp_path / "run.pth", run)
+    with Registry.init(tmp_path / "registry") as registry:
+        registry.push(path, "a/run")
+        kept = registry.load("a/run", component="training")
+        assert torch.equal(kept["training"]["losses"], torch.ones(3))
+        assert kept["epoch"] == 2
+
+
 def test_an_object_nested_too_deeply_is_refused(tmp_path: Path) -> None:
     chain: Any = None
     for _ in range(150):
