@@ -23,7 +23,7 @@ from registry.cli.output import YELLOW, emit, emit_json, human_size, message, re
 @click.command(
     name="push",
     cls=Command,
-    short_help="Push a PEFT or model folder or a .safetensors file as a new version.",
+    short_help="Push a folder or a file of tensors as a new version.",
     examples=[
         "registry push base.safetensors walk/base:v1",
         "registry push out/ walk/perturb --base walk/base:v1 --tag prod \\",
@@ -76,9 +76,9 @@ def push_command(
 ) -> None:
     """Push SOURCE as a new version of REF, namespace/name or namespace/name:tag.
 
-    SOURCE is a PEFT folder (adapter_config.json and adapter_model.safetensors), a folder that transformers or
-    diffusers saved a model in, or a .safetensors file. The very same thing again makes no new version: its tags and
-    metadata are added to the one that is there.
+    SOURCE is a PEFT folder (adapter_config.json and adapter_model.safetensors or .bin), a folder that transformers or
+    diffusers saved a model in, a .safetensors file, or a .pth, .pt, .ckpt or .bin of torch.save, of which nothing is
+    run. The very same thing again makes no new version: its tags and metadata are added to the one that is there.
     """
     check_step(step, metrics)
     noted, measured = metadata_values(metadata), metric_values(metrics)

@@ -52,7 +52,7 @@ _TRUNCATED = "the file is truncated: download or save it again"
 _RENAME = "rename it and save the file again"
 _NOT_SAFETENSORS = {
     b"version ": "it looks like a Git LFS pointer: fetch the file itself with `git lfs pull`",
-    b"PK\x03\x04": "it looks like a .pth of torch.save: save it with safetensors",
+    b"PK\x03\x04": "it looks like a file of torch.save: rename it to .pth, in a folder to .bin",
     b"\x80\x02": "it looks like a pickle: save it with safetensors",
     b"<": "it looks like a web page: download the file itself",
 }

@@ -20,7 +20,7 @@ from registry.core.tensor_names import is_adapter_tensor
 from registry.formats.guide_config import config_from_settings, has_settings
 from registry.formats.kinds import kind_of
 from registry.formats.pickled import Components, PickledFile, opaque_note
-from registry.formats.pickles import PickleFile, TensorRef, read_pickle_bytes, read_pickle_file
+from registry.formats.pickles import Opaque, PickleFile, TensorRef, read_pickle_bytes, read_pickle_file
 from registry.formats.source import OpenFile, Source, open_regular, source_errors
 
 ROLES = {
@@ -35,6 +35,7 @@ NOT_MODELS = ("ema", "optimizer", "scheduler", TRAINING)
 ASKED_FOR = ("epoch", "global_step", "step", "iteration", "model_type", "task_type")
 """Plain values that become metadata of the version, wherever the checkpoint keeps them."""
 
+_SAVE_A_DICT = "save the model's state_dict()"
 _NOT_IN_A_ROLE = re.compile(r"[^a-z0-9_.-]+")
 
 
@@ -93,7 +94,9 @@ def state_dict_file(path: Path, name: str, role: str, file: BinaryIO) -> tuple[P
     with source_errors(path):
         found = read_pickle_file(file, size=OpenFile(file, what).size, what=what)
     if not _is_state_dict(found.tree):
-        raise InvalidInput(f"{what}: expected a state dict, names with tensors, found {_described(found.tree)}")
+        raise InvalidInput(
+            f"{what}: expected a state dict, names with tensors, found {_described(found.tree)}; {_SAVE_A_DICT}"
+        )
     components = Components(what)
     components.add(role, found.tree)
     return PickledFile(name, file, components, what=what), opaque_note(found)
@@ -106,7 +109,9 @@ def _take_apart(found: PickleFile, what: str) -> _Payload:
         payload.state_dicts["model"] = ("the file", tree)
         return payload
     if not isinstance(tree, dict):
-        raise InvalidInput(f"{what}: expected a state dict or a checkpoint, found {_described(tree)}")
+        raise InvalidInput(f"{what}: expected a state dict or a checkpoint, found {_described(tree)}; {_SAVE_A_DICT}")
+    if isinstance(tree.get("state"), dict) and isinstance(tree.get("param_groups"), list):
+        raise InvalidInput(f"{what} holds no model, only an optimizer's state; push the model's checkpoint")
     rest = dict(tree)
     if isinstance(rest.get("lora_state_dict"), dict) and has_settings(rest):
         _add(payload, "adapter", "lora_state_dict", rest.pop("lora_state_dict"), what)
@@ -150,6 +155,11 @@ def _role(key: object, what: str) -> str:
 
 
 def _add(payload: _Payload, role: str, key: str, tree: object, what: str) -> None:
+    if role == TRAINING and key not in payload.training:
+        payload.training[key] = tree  # the component of that name is ours
+        return
+    if role == TRAINING:
+        raise InvalidInput(f"{what} has {shown(key)} twice; save one of them under another key")
     if role in payload.state_dicts:
         both = f"{shown(payload.state_dicts[role][0])} and {shown(key)}"
         raise InvalidInput(f"{what} holds two state dicts that could be its {role}, {both}; save one of them alone")
@@ -168,6 +178,11 @@ def _collect(payload: _Payload, components: Components, what: str) -> list[str]:
             raise InvalidInput(
                 f"{what} holds {len(others)} state dicts and none that is called model: {named}; save the model's "
                 "under 'model', or each in its own file"
+            )
+        elif _has_tensor(payload.training, into_opaque=True):
+            raise InvalidInput(
+                f"{what}: expected a state dict or a checkpoint, found tensors that stand in no dict of named "
+                f"tensors, in {_described(payload.training)}; {_SAVE_A_DICT}"
             )
         elif not any(map(_has_tensor, found.values())):
             raise MalformedTensors(f"{what} holds no tensors; there is nothing to keep")
@@ -256,7 +271,7 @@ def _is_state_dict(tree: object) -> bool:
     )
 
 
-def _has_tensor(tree: object) -> bool:
+def _has_tensor(tree: object, *, into_opaque: bool = False) -> bool:
     open_values, seen = [tree], set()
     while open_values:
         value = open_values.pop()
@@ -265,6 +280,9 @@ def _has_tensor(tree: object) -> bool:
         if isinstance(value, dict | list | tuple) and id(value) not in seen:
             seen.add(id(value))
             open_values += value.values() if isinstance(value, dict) else value
+        elif into_opaque and isinstance(value, Opaque) and id(value) not in seen:
+            seen.add(id(value))
+            open_values += [value.arguments, value.keywords, value.state, value.items]
     return False
 
 
@@ -274,4 +292,6 @@ def _described(tree: object) -> str:
     if isinstance(tree, dict):
         keys = ", ".join(shown(str(key)) for key in list(tree)[:5])
         return f"a dict of {keys}" if keys else "an empty dict"
+    if isinstance(tree, Opaque):
+        return f"an object of {shown(tree.type_name)}"
     return f"a {type(tree).__name__}"

@@ -10,7 +10,7 @@ from typing import BinaryIO
 from registry.core.errors import InvalidInput, MalformedTensors
 from registry.core.layout import NOT_IN_A_NAME, Layout, TensorSpec
 from registry.core.reference import shown
-from registry.core.state_document import Inert, state_document
+from registry.core.state_document import MAX_DEPTH, Inert, state_document
 from registry.formats.pickles import Opaque, OpaqueGlobal, PickleFile, TensorRef
 from registry.formats.source import OpenFile, TensorFile
 
@@ -46,11 +46,11 @@ class Components:
         """
         named: dict[str, int] = {}
         names: dict[int, str] = {}
-        self._collect(tree, "", named, names, 0)
+        self._collect(tree, "", named, names, ())
         self.entries[role] = tuple(named.items())
         if not _is_flat(tree):
             self.data[role] = state_document(
-                self._plain(tree, (), 0), tensor_name=lambda value: names.get(id(value)), what=f"{self.what}, {role}"
+                self._plain(tree, ()), tensor_name=lambda value: names.get(id(value)), what=f"{self.what}, {role}"
             )
 
     def layout_of(self, role: str) -> Layout:
@@ -60,7 +60,14 @@ class Components:
         for name, ordinal in self.entries[role]:
             yield name, self.tensors[ordinal]
 
-    def _collect(self, value: object, path: str, named: dict[str, int], names: dict[int, str], depth: int) -> None:
+    def _collect(
+        self, value: object, path: str, named: dict[str, int], names: dict[int, str], above: tuple[int, ...]
+    ) -> None:
+        self._count()
+        self._check_depth(len(above))
+        if id(value) in above:
+            return  # the state document says that it leads back to itself
+        inside = (*above, id(value))
         if isinstance(value, TensorRef):
             name = self._name(path or "tensor", named)
             named[name] = self._ordinal(value, name)
@@ -68,11 +75,18 @@ class Components:
         elif isinstance(value, dict):
             for key, item in value.items():
                 part = key if isinstance(key, str) else str(key)
-                self._collect(item, f"{path}.{part}" if path else part, named, names, depth + 1)
+                self._collect(item, f"{path}.{part}" if path else part, named, names, inside)
         elif isinstance(value, list | tuple):
             for place, item in enumerate(value):
-                self._collect(item, f"{path}.{place}" if path else str(place), named, names, depth + 1)
-        self._count()
+                self._collect(item, f"{path}.{place}" if path else str(place), named, names, inside)
+        elif isinstance(value, Opaque):
+            # A moving average's or a buffer's object: its attributes are named as if it were their dict.
+            for part_of_it in (value.arguments, value.keywords, value.state, value.items):
+                self._collect(part_of_it, path, named, names, inside)
+
+    def _check_depth(self, depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise InvalidInput(f"{self.what}: nested over {MAX_DEPTH} deep; save less of it")
 
     def _count(self) -> None:
         self._values += 1
@@ -101,26 +115,25 @@ class Components:
             self._labelled.add(self.labels[-1])
         return self._ordinals[key]
 
-    def _plain(self, value: object, above: tuple[int, ...], depth: int) -> object:
+    def _plain(self, value: object, above: tuple[int, ...]) -> object:
         """The value with inert stand-ins for what a state document has no form for."""
         self._count()
+        self._check_depth(len(above))
         if id(value) in above:
             return Inert("a reference back to itself")
         inside = (*above, id(value))
         if isinstance(value, dict):
-            return {self._key(key): self._plain(item, inside, depth + 1) for key, item in value.items()}
+            return {self._key(key): self._plain(item, inside) for key, item in value.items()}
         if isinstance(value, list):
-            return [self._plain(item, inside, depth + 1) for item in value]
+            return [self._plain(item, inside) for item in value]
         if isinstance(value, tuple):
-            return tuple(self._plain(item, inside, depth + 1) for item in value)
+            return tuple(self._plain(item, inside) for item in value)
         if isinstance(value, set | frozenset):
             return type(value)(self._key(item) for item in value)
         if isinstance(value, Opaque):
             state = {"state": value.state, "items": value.items, "keywords": value.keywords}
             kept = {key: item for key, item in state.items() if item not in (None, {})}
-            return Inert(
-                value.type_name, self._plain(value.arguments, inside, depth + 1), self._plain(kept, inside, depth + 1)
-            )
+            return Inert(value.type_name, self._plain(value.arguments, inside), self._plain(kept, inside))
         return self._key(value)
 
     def _key(self, value: object) -> object:

@@ -204,7 +204,13 @@ def _write_pth(stored: Stored, out: BinaryIO) -> None:
             payload["lora_config"] = settings_from_config(stored.config, adapted, record.reference)
         else:
             payload["model_type"] = record.kind
-    torch.save(payload, out)
+    try:
+        torch.save(payload, out)
+    except RuntimeError as error:
+        # torch still ends its zip when a write failed, and its complaint about that hides what happened.
+        if isinstance(error.__context__, OSError | KeyboardInterrupt):
+            raise error.__context__ from None
+        raise
 
 
 def _owned(tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -160,6 +160,9 @@ def test_a_file_is_closed_when_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.pth").write_bytes(b"")
     with pytest.raises(InvalidInput, match="expected a pickle, found an empty file"):
         read_path(tmp_path / "model.pth")
+    (tmp_path / "model.npy").write_bytes(b"")
+    with pytest.raises(InvalidInput, match=r"expected a PEFT or model folder, .* found something else"):
+        read_path(tmp_path / "model.npy")
     folder = saved(lora(), tmp_path / "saved")
     (folder / "adapter_config.json").write_text("[]")
     with pytest.raises(InvalidConfig):

@@ -122,6 +122,68 @@ def test_a_class_of_somebodys_own_is_kept_as_data_and_reported(tmp_path: Path) -
         assert (settings.name, settings.state) == (f"{Setting.__module__}.Setting", {"state": {"lr": 0.1}})
 
 
+class MovingAverage:
+    def __init__(self, shadow: dict[str, torch.Tensor]) -> None:
+        self.decay = 0.99
+        self.shadow = shadow
+        self.owner = self
+
+
+def test_tensors_within_an_object_of_somebodys_own_are_kept_and_come_back(tmp_path: Path) -> None:
+    shadow = {"w": torch.randn(3, 2)}
+    path = saved(tmp_path / "run.pth", {"model": model().state_dict(), "ema": MovingAverage(shadow)})
+    with Registry.init(tmp_path / "registry") as registry:
+        registry.push(path, "a/run")
+        kept = registry.load("a/run", component="training")["ema"]
+        assert torch.equal(kept.state["state"]["shadow"]["w"], shadow["w"])
+        registry.pull("a/run", tmp_path / "out.pth")
+        assert (tmp_path / "out.pth").read_bytes() == path.read_bytes()
+
+
+def test_a_dict_that_holds_itself_comes_back_as_it_was(tmp_path: Path) -> None:
+    run: dict[str, Any] = {"model": model().state_dict(), "averages": {"w": torch.ones(2)}}
+    run["averages"]["run"] = run["averages"]
+    path = saved(tmp_path / "run.pth", run)
+    with Registry.init(tmp_path / "registry") as registry:
+        registry.push(path, "a/run")
+        registry.pull("a/run", tmp_path / "out.pth")
+        assert (tmp_path / "out.pth").read_bytes() == path.read_bytes()
+
+
+def test_tensors_under_the_key_training_stand_beside_the_plain_values(tmp_path: Path) -> None:
+    run = {"model": model().state_dict(), "training": {"losses": torch.ones(3)}, "epoch": 2}
+    path = saved(tmp_path / "run.pth", run)
+    with Registry.init(tmp_path / "registry") as registry:
+        registry.push(path, "a/run")
+        kept = registry.load("a/run", component="training")
+        assert torch.equal(kept["training"]["losses"], torch.ones(3))
+        assert kept["epoch"] == 2
+
+
+def test_an_object_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    chain: Any = None
+    for _ in range(150):
+        chain = MovingAverage({"next": chain})
+    path = saved(tmp_path / "run.pth", {"model": model().state_dict(), "chain": chain})
+    with pytest.raises(InvalidInput, match="nested over 200 deep"):
+        read_path(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "an empty file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer: fetch the file itself"),
+        (b"<html>404</html>", "a web page"),
+    ],
+)
+def test_what_only_has_the_name_of_a_checkpoint_is_named(tmp_path: Path, content: bytes, found: str) -> None:
+    path = tmp_path / "model.pth"
+    path.write_bytes(content)
+    with pytest.raises(InvalidInput, match=found):
+        read_path(path)
+
+
 REFUSED: dict[str, tuple[Any, type[RegistryError], str]] = {
     "no tensors": ({"epoch": 3}, MalformedTensors, "holds no tensors; there is nothing to keep"),
     "empty": ({}, MalformedTensors, "holds no tensors"),
@@ -143,6 +205,17 @@ REFUSED: dict[str, tuple[Any, type[RegistryError], str]] = {
         {"optimizer": {"state": {0: {"step": torch.ones(())}}, "param_groups": []}},
         InvalidInput,
         "holds no model, only optimizer",
+    ),
+    "an optimizer's own file": (
+        {"state": {0: {"step": torch.ones(())}}, "param_groups": []},
+        InvalidInput,
+        "holds no model, only an optimizer's state",
+    ),
+    "a module as a whole": (nn.Linear(2, 2), InvalidInput, "an object of torch.nn.modules.linear.Linear; save the"),
+    "modules as a whole": (
+        {"G": nn.Linear(2, 2)},
+        InvalidInput,
+        "tensors that stand in no dict of named tensors, in a dict of G; save the model's state_dict()",
     ),
     "a control character": ({"w\n": torch.ones(2)}, MalformedTensors, "holds a control character"),
     "a sparse tensor": ({"w": torch.eye(3).to_sparse()}, RegistryError, "sparse"),

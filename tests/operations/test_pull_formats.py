@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from registry import Registry
-from registry.core.errors import DigestMismatch, InvalidInput
+from registry.core.errors import DigestMismatch, InvalidInput, NoSpace
 from tests.operations.models import QV, Walker
 
 LEGACY = Path(__file__).parents[1] / "formats" / "legacy"
@@ -199,3 +200,17 @@ def test_tied_tensors_stay_tied_in_a_pth(registry: Registry, tmp_path: Path) -> 
     registry.push(tmp_path / "model.safetensors", "a/tied")
     registry.pull("a/tied", tmp_path / "tied.pth", format="pth")
     assert (tmp_path / "tied.pth").stat().st_size < 1.2 * weight.nbytes
+
+
+def test_a_pth_that_finds_no_room_is_told_and_leaves_nothing(registry: Registry, tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(1 << 20)}, tmp_path / "model.safetensors")
+    registry.push(tmp_path / "model.safetensors", "a/model")
+    (tmp_path / "out").mkdir()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        with pytest.raises(NoSpace, match="no space to write"):
+            registry.pull("a/model", tmp_path / "out" / "model.pth", format="pth")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list((tmp_path / "out").iterdir()) == []
