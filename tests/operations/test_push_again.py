@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sqlalchemy import Connection
 
 from registry import Registry
 from registry.catalog import blobs
 from registry.core.errors import InUse, TagProtected, VersionNotFound
+from registry.operations import writing
+from registry.operations.reuse import Plan
 
 
 @pytest.fixture
@@ -94,3 +97,26 @@ def test_bytes_of_an_external_version_that_are_gone_before_its_rows_say_present_
             registry.push(tmp_path / "base.safetensors", "walk/base")
     assert registry.push(tmp_path / "base.safetensors", "walk/base").bytes_new > 4 * 64 * 64
     registry.pull("walk/base", tmp_path / "pulled.safetensors")
+
+
+def test_a_blob_that_gc_takes_between_planning_its_reuse_and_the_write_is_stored_again(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = {"large": torch.ones(512, 1024)}
+    registry.push(large, "walk/base")
+    planned = writing.plan_reuse
+    turns = []
+
+    def and_collect(*args: Any, **options: Any) -> Plan:
+        plan = planned(*args, **options)
+        if not turns and plan.reused:
+            turns.append(plan)
+            registry.remove("walk/base@1")
+            registry.gc(grace=timedelta(0))
+        return plan
+
+    monkeypatch.setattr(writing, "plan_reuse", and_collect)
+    registry.push({**large, **tensors()}, "walk/more")
+    assert turns
+    registry.pull("walk/more", tmp_path / "more.safetensors")
+    assert load_file(tmp_path / "more.safetensors").keys() == {"large", "w"}
