@@ -5,19 +5,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from registry.catalog.journal_rows import events_of
 from registry.core.errors import RegistryNotFound
 from registry.core.event import Event
 from registry.core.findings import Finding
-from registry.core.reference import parse_artifact
 from registry.operations import annotate, discover, inspect, tagging
 from registry.operations.context import Context
 from registry.operations.discover import Location
 from registry.operations.inspect import Details, Lineage
 from registry.operations.version import Version, as_version
+from registry.questions import Questions
 from registry.transfer import Transfer
 from registry.upkeep import Upkeep
 
@@ -45,28 +45,22 @@ __all__ = [
 ]
 
 
+_HOMES = {
+    "Difference": "registry.operations.difference",
+    "Proof": "registry.formats.proof",
+    "PullResult": "registry.operations.pull",
+    "PushResult": "registry.operations.push",
+}
+
+
 def __getattr__(name: str) -> Any:
     # Only who pushes or pulls pays for what that needs: half as much again as all of `registry list`.
-    if name == "PushResult":
-        from registry.operations.push import PushResult
-
-        return PushResult
-    if name == "PullResult":
-        from registry.operations.pull import PullResult
-
-        return PullResult
-    if name == "Proof":
-        from registry.formats.proof import Proof
-
-        return Proof
-    if name == "Difference":
-        from registry.operations.difference import Difference
-
-        return Difference
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class Registry(Upkeep, Transfer):
+class Registry(Questions, Transfer, Upkeep):
     """A registry of LoRA adapters and checkpoints.
 
     Open it with `Registry.open`. One object may be used from several threads and in forked workers.
@@ -197,9 +191,10 @@ class Registry(Upkeep, Transfer):
         """
         from registry.operations import push
         from registry.operations.opening import Opening
+        from registry.operations.push_request import check_request
 
         edges = [*parents] if continued_from is None else [("continued_from", continued_from, None), *parents]
-        request = push.check_request(
+        request = check_request(
             name,
             base=base,
             tags=tags,
@@ -213,63 +208,6 @@ class Registry(Upkeep, Transfer):
         )
         how = Opening(adapter_name, attachments, attachment_limit, probe)
         return push.push(self._context, source, request, how)
-
-    def resolve(self, reference: str) -> str:
-        """The pinned form, `namespace/name@number`, of any reference.
-
-        Raises:
-            InvalidReference, ArtifactNotFound, VersionNotFound, TagNotFound
-        """
-        return inspect.pinned(self._context, reference)
-
-    def get(self, reference: str) -> Version:
-        """The version that a reference names.
-
-        Raises:
-            InvalidReference, ArtifactNotFound, VersionNotFound, TagNotFound
-        """
-        return as_version(inspect.get(self._context, reference))
-
-    def show(self, reference: str) -> Details:
-        """All that the catalog knows of a version: tensors, files, findings and events.
-
-        Raises:
-            InvalidReference, ArtifactNotFound, VersionNotFound, TagNotFound
-        """
-        return inspect.details(self._context, reference)
-
-    def find(
-        self,
-        *where: str,
-        pattern: str | None = None,
-        base: str | None = None,
-        tag: str | None = None,
-        kind: str | None = None,
-        order_by: str | None = None,
-        limit: int | None = None,
-    ) -> list[Version]:
-        """Versions that satisfy every condition.
-
-        Args:
-            where: `field op value`, joined by `and`, as `registry list --where` takes it.
-            pattern: `namespace/name` with `*` and `?`.
-            base: a base, `namespace/name` for any version of it.
-            order_by: a field, `-field` for descending; by default by name, newest first.
-
-        Raises:
-            InvalidQuery: an unknown field lists the known ones.
-        """
-        found = inspect.search(
-            self._context,
-            pattern=pattern,
-            where=where,
-            base=base,
-            tag=tag,
-            kind=kind,
-            order_by=order_by,
-            limit=limit,
-        )
-        return [as_version(one) for one in found]
 
     def pull(
         self, reference: str, destination: str | os.PathLike[str], *, format: str = "native", force: bool = False
@@ -371,29 +309,6 @@ class Registry(Upkeep, Transfer):
 
         return prove(self._context, reference, model)
 
-    def diff(self, a: str, b: str, *, weights: bool = True) -> Difference:
-        """What is different between two versions, of one name or of two, and of any kinds.
-
-        Tensors are compared by digest under their canonical names, from the catalog alone. Of adapters, what each adds
-        to the weight of a module, `scaling * B @ A`, is compared by its low-rank factors, whatever the ranks; where a
-        variant like DoRA computes something else, that is said, and the tensors are compared.
-
-        Args:
-            weights: read the tensors that differ, and measure how far they are apart. Without it neither torch is
-                imported nor a weight read.
-
-        Returns:
-            All differences; `same_content` where there are none but of form (spelling of the configuration, names of
-            adapters and wrappers, metadata, files).
-
-        Raises:
-            InvalidReference, ArtifactNotFound, VersionNotFound, TagNotFound
-            DigestMismatch, BlobNotFound, Corrupt: the store is damaged.
-        """
-        from registry.operations.diff import diff
-
-        return diff(self._context, a, b, weights=weights)
-
     def tag(
         self, reference: str, tag: str, *, why: str | None = None, expected: int | None = None, protect: bool = False
     ) -> Version:
@@ -435,32 +350,6 @@ class Registry(Upkeep, Transfer):
             TagNotFound, TagMoved, TagProtected, ArtifactNotFound
         """
         tagging.delete_tag(self._context, name, tag, why=why, expected=expected)
-
-    def tag_history(self, name: str, tag: str) -> list[Event]:
-        """Every move, protection and deletion of a tag, oldest first.
-
-        Raises:
-            TagNotFound, ArtifactNotFound
-        """
-        return tagging.tag_history(self._context, name, tag)
-
-    def log(self, reference: str) -> Lineage:
-        """The versions that one came from, and those that came from it.
-
-        Raises:
-            InvalidReference, NotFound
-        """
-        return inspect.lineage(self._context, reference)
-
-    def events(self, name: str) -> list[Event]:
-        """The whole history of a name, oldest first.
-
-        Raises:
-            ArtifactNotFound
-        """
-        namespace, short = parse_artifact(name)
-        with self._context.reading() as connection:
-            return events_of(connection, namespace, short)
 
     def annotate(
         self,

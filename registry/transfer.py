@@ -1,5 +1,5 @@
-"""The facade's part for many versions at once: bundles out of one registry and into another, and trees of folders that
-move in. `Registry` takes it in; no policy lives here."""
+"""How many versions come in or go out at once: bundles of another registry, and trees of folders. A part of the facade,
+which `Registry` inherits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Transfer:
-    """Export, import and adoption of a registry that is open."""
+    """Export, import and adoption; opened as `Registry`."""
 
     _context: Context
 

@@ -216,7 +216,13 @@ def postgresql_engine(url: str) -> Engine:
         )
     try:
         waiting = {} if "connect_timeout" in parsed.query else {"connect_timeout": CONNECT_SECONDS}
-        return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True, connect_args=waiting)
+        return create_engine(
+            parsed.set(drivername="postgresql+psycopg"),
+            # Whatever the server's default is: who waited for a lock has to see what was committed meanwhile.
+            isolation_level="READ COMMITTED",
+            pool_pre_ping=True,
+            connect_args=waiting,
+        )
     except (ImportError, NoSuchModuleError) as error:
         raise InvalidInput("postgresql:// needs psycopg: pip install 'lora-registry[postgresql]'") from error
 

@@ -24,6 +24,7 @@ from registry.core.adapter_config import adapter_config
 from registry.core.adapter_names import Target, targets_of
 from registry.core.digest import pack_digests
 from registry.core.errors import InvalidQuery
+from registry.core.event import Event
 from registry.core.findings import Finding
 from registry.core.layout import Layout
 from registry.core.manifest import Manifest
@@ -153,9 +154,12 @@ def insert_version(name: LockedName, new: NewVersion) -> VersionKey:
     return key
 
 
-def put_back(name: LockedName, version: VersionKey, new: NewVersion) -> None:
+def put_back(name: LockedName, version: VersionKey, new: NewVersion) -> Event | None:
     """Brings a purged version back under its number, with the bytes that a push has stored again. One that was brought
     back meanwhile stays as it is.
+
+    Returns:
+        The event, or None where it is present.
 
     Raises:
         InUse: gc is deleting one of its blobs.
@@ -168,6 +172,7 @@ def put_back(name: LockedName, version: VersionKey, new: NewVersion) -> None:
     event = restore(name, version, actor=new.created_by, at=at, why=PUSHED_AGAIN, placement=placement)
     if event is not None and event.payload["placement"] is not None:
         _insert_parts(name.connection, version.id, new, layout_ids, blob_ids)
+    return event
 
 
 def _layouts(new: NewVersion) -> list[tuple[Layout, Sequence[Target]]]:

@@ -124,6 +124,11 @@ def _component(component: ComponentDifference, limit: int, columns: int | None) 
     changes = [one.change for one in component.tensors]
     counts = [f"{changes.count(change)} {change}" for change in ("changed", "removed", "added") if change in changes]
     yield f"{title}: {', '.join((*counts, f'{component.same} the same'))}"
+    if component.values:
+        yield ""
+        header = [Column(f"{component.role.upper()} VALUE", least=14), Column("A", least=8), Column("B", least=8)]
+        rows = [[escaped(one.key), _value(one.a), _value(one.b)] for one in component.values]
+        yield from _limited(header, rows, limit, columns)
     modules = [(one.module, one.norms, _of_module(one)) for one in component.modules]
     if modules:
         yield ""

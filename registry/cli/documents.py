@@ -126,6 +126,8 @@ def details_document(details: Details, *, tensors: bool) -> dict[str, Any]:
         "lora_dropout": record.lora_dropout,
         "bytes_new": record.bytes_new,
         "environment": dict(pushed.get("environment", {})),
+        "origin": pushed.get("origin"),
+        "external": bool(details.contents.external),
         "files": [
             {"path": file.path, "digest": sha256(file.sha256), "size": file.size, "component": file.role}
             for file in details.contents.files
@@ -136,6 +138,7 @@ def details_document(details: Details, *, tensors: bool) -> dict[str, Any]:
                 "tensors": len(component.layout),
                 "parameters": component.layout.parameters,
                 "bytes": component.layout.nbytes,
+                "data": None if component.data is None else sha256(component.data),
             }
             for component in details.contents.components.values()
         ],
@@ -233,18 +236,14 @@ def lineage_document(lineage: Lineage) -> dict[str, Any]:
 
 def difference_document(difference: Difference) -> dict[str, Any]:
     """`registry diff --json`; a member `a` or `b` is null where that version has no such thing."""
-
-    def values(of: Iterable[ValueDifference]) -> list[dict[str, Any]]:
-        return [{"key": one.key, "change": one.change, "a": one.a, "b": one.b} for one in of]
-
     return {
         "a": _compared(difference.a),
         "b": _compared(difference.b),
         "same_content": difference.same_content,
-        "facts": values(difference.facts),
-        "config": values(difference.config),
-        "metadata": values(difference.metadata),
-        "metrics": values(difference.metrics),
+        "facts": _values(difference.facts),
+        "config": _values(difference.config),
+        "metadata": _values(difference.metadata),
+        "metrics": _values(difference.metrics),
         "files": [
             {
                 "path": one.path,
@@ -270,6 +269,10 @@ def _compared(version: Version) -> dict[str, Any]:
     }
 
 
+def _values(differences: Iterable[ValueDifference]) -> list[dict[str, Any]]:
+    return [{"key": one.key, "change": one.change, "a": one.a, "b": one.b} for one in differences]
+
+
 def _component_difference(component: ComponentDifference) -> dict[str, Any]:
     return {
         "name": component.role,
@@ -278,6 +281,7 @@ def _component_difference(component: ComponentDifference) -> dict[str, Any]:
         "tensors_b": component.count_b,
         "same_tensors": component.same,
         "same_modules": component.same_modules,
+        "values": _values(component.values),
         "modules": [
             {
                 "module": one.module,

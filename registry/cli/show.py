@@ -83,11 +83,19 @@ def _facts(details: Details) -> Iterator[tuple[str, str]]:
         yield "base", record.base
     if record.base_model is not None:
         yield "model", f"{record.base_model} (as the adapter says)"
-    if record.kind == "adapter":
+    if record.kind == "adapter" or record.peft_type is not None:
         yield from _adapter_facts(record)
     yield "size", f"{human_size(record.size)}; its push added {human_size(record.bytes_new)} to the store"
     yield "created", f"{human_time(record.created_at, seconds=True)} by {record.created_by}"
     pushed = next((event.payload for event in details.events if event.kind == "pushed"), {})
+    origin = pushed.get("origin")
+    if origin:
+        yield "from", ", ".join(value if key == "path" else f"{key} {value}" for key, value in origin.items())
+    if details.contents.external:
+        yield "external", "its tensors are not in the store"
+    described = [role for event in details.events if event.kind == "described" for role in event.payload["blobs"]]
+    if described:
+        yield "beside", ", ".join(dict.fromkeys(described))
     versions = _environment(pushed.get("environment", {}))
     if versions:
         yield "python", versions
@@ -121,7 +129,8 @@ def _components(details: Details, *, tensors: bool, columns: int | None) -> Iter
     for component in details.contents.components.values():
         layout = component.layout
         yield ""
-        yield paint("Tensors", BOLD) + f" of {component.role}: {len(layout)}, {layout.parameters:,} parameters"
+        more = ", and values beside them" if component.data is not None else ""
+        yield paint("Tensors", BOLD) + f" of {component.role}: {len(layout)}, {layout.parameters:,} parameters{more}"
         if tensors:
             header = (Column("NAME", least=30), Column("DTYPE"), Column("SHAPE", right=True))
             rows = [[escaped(spec.name), spec.dtype, " x ".join(map(str, spec.shape)) or "scalar"] for spec in layout]

@@ -41,7 +41,8 @@ from registry.operations.adoption import Adoption, Item, Progress
 from registry.operations.base_guess import BaseGuess, listed
 from registry.operations.context import Context
 from registry.operations.describing import Description
-from registry.operations.push import check_request, push
+from registry.operations.push import push
+from registry.operations.push_request import check_request
 
 EXTERNAL_OVER = 2 << 30
 _OF_THE_REGISTRY = (Corrupt, NoSpace, ReadOnly, SchemaOutOfDate, StoreUnreachable, WrongStore)

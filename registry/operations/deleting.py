@@ -1,5 +1,6 @@
-"""The end of a blob: its file goes while its row is locked, then the row. `gc` does this with what it has marked, and
-a push that meets such a blob does it too, so that nobody has to wait for a `gc` that was killed in between."""
+"""The end of a blob: its row is locked and deleted, and its file goes before that is committed. `gc` does this with
+what it has marked, and a push that meets such a blob does it too, so that nobody has to wait for a `gc` that was killed
+in between."""
 
 from __future__ import annotations
 
@@ -31,8 +32,10 @@ def delete_marked(context: Context, digests: Sequence[str]) -> dict[str, int]:
         with context.writing() as connection:
             # A `gc` that was held up here until its lease ran out still has the locks, or finds nothing any more.
             rows = garbage.lock_deleting(connection, batch)
+            # Files go within the transaction that lets go of their rows, and after: what anything still refers to the
+            # database refuses to give away.
+            garbage.forget_blobs(connection, [row.id for row in rows])
             for row in rows:
                 freed[row.digest] = row.size if context.store.blobs.contains(row.digest) else 0
                 context.store.blobs.delete(row.digest)
-            garbage.forget_blobs(connection, [row.id for row in rows])
     return freed

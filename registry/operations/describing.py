@@ -168,7 +168,7 @@ def version_findings(
     """Targets of a version, and what there is to say about it; a function of what manifest and journal hold."""
     findings: list[Finding] = list(config_findings(config)) if config is not None else []
     targets: tuple[Target, ...] = ()
-    adapted = layouts.get("adapter" if kind == "adapter" else "model")
+    adapted = layouts.get("adapter", layouts.get("model"))
     if adapted is not None and (kind == "adapter" or config is not None):
         targets, about_targets = targets_of(adapted, config)
         findings += about_targets

@@ -4,7 +4,7 @@ names, so that adapter names and wrappers do not matter); weights are read only 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sqlalchemy import Connection
 
@@ -14,6 +14,7 @@ from registry.core.adapter_config import AdapterConfig, canonical_config
 from registry.core.reference import parse_reference, shown
 from registry.operations.context import Context
 from registry.operations.diff_components import changes, compare
+from registry.operations.diff_state import state_differences
 from registry.operations.difference import ComponentDifference, Difference, FileDifference, ValueDifference
 from registry.operations.inspect import Found, found_of
 from registry.operations.load import config_of
@@ -82,6 +83,9 @@ def _notes(one: _Side, two: _Side) -> Iterator[str]:
             for side, of in zip((one, two), roles, strict=True)
         )
         yield f"{' and '.join(kinds)}: they have no component in common, so no tensors are compared"
+    for side in (one, two):
+        if side.contents.external:
+            yield f"{side.reference} is recorded without its bytes, so tensors are compared by their digests alone"
     if not (one.is_adapter and two.is_adapter):
         return
     for side in (one, two):
@@ -123,7 +127,10 @@ def _components(context: Context, one: _Side, two: _Side, *, weights: bool) -> I
             yield ComponentDifference(role, "added", 0, len(others[role].layout), 0)
             continue
         difference, modules = compare(mine[role], others[role], one.config, two.config)
-        if weights and difference.change:
+        difference = replace(
+            difference, values=state_differences(context.store.blobs, mine[role].data, others[role].data)
+        )
+        if weights and difference.change and not (one.contents.external or two.contents.external):
             from registry.operations.diff_weights import measure
 
             difference = measure(context.store.blobs, mine[role], others[role], difference, modules)

@@ -139,6 +139,7 @@ class ComponentDifference:
         tensors: those that are not, the largest relative change first.
         modules: of an adapter's component, likewise.
         same_modules: how many modules with factors do not differ.
+        values: what differs in its state document: values beside tensors, by the path where they stand.
     """
 
     role: str
@@ -149,6 +150,7 @@ class ComponentDifference:
     tensors: tuple[TensorDifference, ...] = ()
     modules: tuple[ModuleDifference, ...] = ()
     same_modules: int = 0
+    values: tuple[ValueDifference, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,7 @@ def _other_places(context: Context, lease: _Lease, leaving: Sequence[BlobRow]) -
 def _forget_layouts(context: Context, lease: _Lease) -> None:
     with context.reading() as connection:
         unneeded = garbage.unneeded_layouts(connection)
-    for batch in batches(unneeded):
+    for batch in batches(unneeded, TURN):
         lease.keep()
         with context.writing() as connection:
             garbage.forget_layouts(connection, batch)

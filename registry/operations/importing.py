@@ -17,7 +17,8 @@ from registry.core.reference import Reference, parse_artifact
 from registry.formats.bundle import open_bundle
 from registry.operations.bundled import BundleContents
 from registry.operations.context import Context
-from registry.operations.push import check_request, push
+from registry.operations.push import push
+from registry.operations.push_request import check_request
 from registry.operations.tagging import move_tag
 
 

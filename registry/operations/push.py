@@ -3,7 +3,6 @@ transaction makes the version and its events, then the journal objects are writt
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,19 +15,14 @@ from registry.catalog.descriptions import add_descriptions, descriptions_of
 from registry.catalog.names import LockedName, name_id
 from registry.catalog.versions import VersionKey, kind_of_version, resolve, same_content, tags_of, version_by_digest
 from registry.core.annotations import (
-    MetadataValue,
-    MetricValue,
-    check_step,
-    check_text,
     read_metadata,
-    read_metrics,
 )
 from registry.core.digest import sha256_hex
 from registry.core.errors import ArtifactNotFound, DigestMismatch, InUse, InvalidInput, NotFound
 from registry.core.event import Event
 from registry.core.findings import Finding
-from registry.core.manifest import KINDS, RELATIONS, Parent
-from registry.core.reference import check_new_tag, parse_push_target, parse_reference, shown
+from registry.core.manifest import Parent
+from registry.core.reference import parse_reference
 from registry.formats.origin import origin_of
 from registry.formats.source import Said, Source
 from registry.operations.context import Context, actor, now
@@ -37,6 +31,7 @@ from registry.operations.describing import Description, describe
 from registry.operations.environment import capture
 from registry.operations.opening import Opening, open_source
 from registry.operations.proving import add_probe
+from registry.operations.push_request import Request
 from registry.operations.writing import (
     StoredVersion,
     changed,
@@ -81,74 +76,6 @@ class PushResult:
     @property
     def reference(self) -> str:
         return f"{self.name}@{self.version}"
-
-
-@dataclass(frozen=True)
-class Request:
-    """A checked push request."""
-
-    namespace: str
-    name: str
-    tags: tuple[str, ...]
-    base: str | None
-    kind: str | None
-    parents: tuple[tuple[str, str, float | None], ...]
-    metadata: Mapping[str, MetadataValue]
-    metrics: Mapping[str, MetricValue]
-    step: int | None
-    message: str | None
-    external: bool = False
-
-
-def check_request(
-    target: str,
-    *,
-    base: str | None = None,
-    tags: Sequence[str] = (),
-    metadata: Mapping[str, object] | None = None,
-    metrics: Mapping[str, object] | None = None,
-    step: int | None = None,
-    kind: str | None = None,
-    message: str | None = None,
-    parents: Sequence[tuple[str, str, float | None]] = (),
-    external: bool = False,
-) -> Request:
-    """Checks all that can be checked before a byte is read.
-
-    Raises:
-        InvalidReference, InvalidInput
-    """
-    namespace, name, tag = parse_push_target(target)
-    if isinstance(tags, str):
-        raise InvalidInput(f"tags must be a list of texts, found the text '{shown(tags)}'")
-    wanted = dict.fromkeys(check_new_tag(one) for one in (*((tag,) if tag else ()), *tags))
-    if kind is not None and kind not in KINDS:
-        raise InvalidInput(f"kind '{shown(str(kind))}'; expected one of {', '.join(KINDS)}")
-    for relation, reference, weight in parents:
-        if relation not in RELATIONS:
-            raise InvalidInput(f"relation '{shown(str(relation))}'; expected one of {', '.join(RELATIONS)}")
-        parse_reference(reference)
-        if weight is not None and relation != "merged_from":
-            raise InvalidInput(f"{relation} {reference}: only merged_from takes a weight, found {shown(repr(weight))}")
-        if weight is not None and (type(weight) not in (int, float) or not math.isfinite(weight)):
-            raise InvalidInput(f"{relation} {reference}: the weight {shown(repr(weight))} is no finite number")
-    if base is not None:
-        parse_reference(base)
-    if message is not None:
-        check_text(message, "message")
-    return Request(
-        namespace,
-        name,
-        tuple(wanted),
-        base,
-        kind,
-        tuple(parents),
-        read_metadata(metadata or {}),
-        read_metrics(metrics or {}),
-        check_step(step),
-        message,
-        external,
-    )
 
 
 def push(
@@ -285,6 +212,7 @@ def _push_once(
         name = context.lock(connection, request.namespace, request.name, create=True)
         version = version_by_digest(connection, name.id, described.manifest.digest)
         created = version is None
+        back: Event | None = None
         if version is None:
             if before_storing is not None:
                 before_storing(described)
@@ -293,17 +221,21 @@ def _push_once(
             new = _new_version(source, described, stored, ancestry, request, environment)
             version = insertion.insert_version(name, new)
         elif stored is not None:
-            insertion.put_back(name, version, _new_version(source, described, stored, ancestry, request, environment))
-            notes.append("gc had taken its bytes, and it is back")
+            back = insertion.put_back(
+                name, version, _new_version(source, described, stored, ancestry, request, environment)
+            )
         elif removal.states(connection, [version.id])[version.id] == "purged":
             raise InUse(f"{request.namespace}/{request.name} changed during the push; push again")
-        elif removal.restore(name, version, actor=actor(), at=now(), why=insertion.PUSHED_AGAIN) is not None:
+        else:
+            back = removal.restore(name, version, actor=actor(), at=now(), why=insertion.PUSHED_AGAIN)
+        if back is not None:
             notes.append("it had been removed, and is back")
         if stored is not None:
             bytes_added = stored.bytes_new
             _require_blobs(context, stored.blobs)
         if filled:
             blobs.mark_present(connection, filled)
+            _require_files(context, filled)
         for role in descriptions_of(connection, version.id):  # another push may have been faster
             descriptions.pop(role, None)
         add_descriptions(name, version, descriptions, actor=actor(), at=now())
@@ -358,7 +290,7 @@ def _known(context: Context, request: Request, digest: str) -> _Known | None:
     """What is known of this very version under the name; None where the name has it not.
 
     Raises:
-        TagProtected: it has not, and a tag that should move to it is protected; told before anything is stored.
+        TagProtected: its bytes are to be stored, and a tag that should move to it is protected; told before any is.
     """
     with context.reading() as connection:
         try:
@@ -366,11 +298,12 @@ def _known(context: Context, request: Request, digest: str) -> _Known | None:
         except ArtifactNotFound:
             return None
         known = version_by_digest(connection, identifier, digest)
-        if known is None:
+        state = None if known is None else removal.states(connection, [known.id])[known.id]
+        if state in (None, "purged"):
             tags.refuse_protected(connection, identifier, f"{request.namespace}/{request.name}", request.tags)
+        if known is None or state is None:
             return None
         external = blobs.external_of_version(connection, known.id)
-        state = removal.states(connection, [known.id])[known.id]
         return _Known(state, frozenset(external), descriptions_of(connection, known.id))
 
 
@@ -409,9 +342,13 @@ def _require_blobs(context: Context, stored: Iterable[blobs.NewBlob]) -> None:
     Raises:
         InUse
     """
-    for blob in stored:
-        if not blob.external and not context.store.blobs.contains(blob.digest):
-            raise InUse(f"blob {blob.digest} was deleted during the push; push again")
+    _require_files(context, (blob.digest for blob in stored if not blob.external))
+
+
+def _require_files(context: Context, digests: Iterable[str]) -> None:
+    for digest in digests:
+        if not context.store.blobs.contains(digest):
+            raise InUse(f"blob {digest} was deleted during the push; push again")
 
 
 def _say_again(name: LockedName, version: VersionKey, said: Sequence[Said]) -> None:

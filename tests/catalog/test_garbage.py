@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from sqlalchemy import Connection, func, select
+from sqlalchemy.exc import IntegrityError
 
 from registry import Registry
 from registry.catalog import garbage, leases, tables
@@ -123,6 +124,31 @@ def test_marking_waits_for_a_push_and_sees_what_it_registered(database: Database
     assert marked == []
 
 
+@pytest.mark.parametrize("kind", ["postgresql"])
+def test_marking_sees_what_a_push_registered_whatever_isolation_the_server_defaults_to(database: Database) -> None:
+    """With one snapshot for the whole transaction, a blob that a push has just taken up again would be deleted."""
+    with database.writing() as connection:
+        name = connection.exec_driver_sql("SELECT current_database()").scalar_one()
+        connection.exec_driver_sql(f"ALTER DATABASE {name} SET default_transaction_isolation = 'repeatable read'")
+    database.engine.dispose()
+    with database.writing() as connection:
+        assert connection.exec_driver_sql("SHOW transaction_isolation").scalar_one() == "read committed"
+    with database.reading() as connection:
+        assert connection.exec_driver_sql("SHOW transaction_isolation").scalar_one() == "repeatable read"
+    test_marking_waits_for_a_push_and_sees_what_it_registered(database)
+
+
+def test_a_blob_that_a_version_refers_to_keeps_its_file_though_it_is_marked(registry: Registry, tmp_path: Path) -> None:
+    """Were the rule of marking ever broken, the database itself is the last one to refuse."""
+    registry.push(peft_folder(tmp_path / "adapter", 1.0), "team/walk")
+    with registry._context.writing() as connection:
+        connection.execute(tables.blob.update().values(state="deleting"))
+        marked = garbage.deleting_digests(connection)
+    with pytest.raises(IntegrityError):
+        finish_deleting(registry._context)
+    assert all(registry._context.store.blobs.contains(one) for one in marked)
+
+
 def a_version(connection: Connection) -> int:
     named = {"namespace": "team", "name": "walk", "last_event_at": AT, "created_at": AT}
     made = tables.artifact.insert().values(**named).returning(tables.artifact.c.id)
@@ -185,6 +211,15 @@ class TestALease:
         leases.renew(connection, held, AT + MINUTE, MINUTE)
         with pytest.raises(InUse):
             leases.take(connection, "gc", "two", AT + MINUTE, MINUTE)
+
+    def test_of_a_clock_that_was_far_ahead_holds_nobody_up(self, connection: Connection) -> None:
+        leases.take(connection, "gc", "ahead", AT + 1000 * MINUTE, MINUTE)
+        assert leases.take(connection, "gc", "two", AT, MINUTE).holder == "two"
+
+    def test_of_a_clock_that_is_a_little_ahead_counts(self, connection: Connection) -> None:
+        leases.take(connection, "gc", "ahead", AT + MINUTE / 2, MINUTE)
+        with pytest.raises(InUse):
+            leases.take(connection, "gc", "two", AT, MINUTE)
 
     def test_is_one_for_each_purpose(self, connection: Connection) -> None:
         leases.take(connection, "gc", "one", AT, MINUTE)

@@ -6,7 +6,7 @@ import re
 from typing import get_args
 
 from registry.catalog import tables
-from registry.core import content_digest, event, layout, manifest, peft_keys, placement, reference
+from registry.core import content_digest, event, layout, manifest, peft_keys, placement, reference, state_document
 from registry.store import local
 from tests.conformance import independent_content, independent_documents
 from tests.vectors.make_vectors import PAGE
@@ -36,6 +36,7 @@ def test_the_page_has_every_relation_kind_and_role() -> None:
 
 def test_the_limits_on_the_page_are_those_of_the_code() -> None:
     assert (reference.MAX_PART, manifest.MAX_FILE_PATH) == (128, 512)
+    assert (placement.MAX_TENSORS, state_document.MAX_DEPTH) == (2**24, 200)
     assert (local.STORE_FORMAT, manifest.FORMAT, event.FORMAT, content_digest.FORMAT) == (1, 1, 1, 1)
 
 

@@ -402,3 +402,38 @@ def test_references_of_any_form_name_the_two(registry: Registry) -> None:
     assert (found.a.reference, found.b.reference) == ("walk/perturb@1", "walk/perturb@2")
     with pytest.raises(TagNotFound):
         registry.diff("walk/perturb:prod", "walk/perturb:stage")
+
+
+# ---------------------------------------------------------------- what is no tensor, what is not there
+
+
+def test_what_a_checkpoint_holds_beside_tensors_is_compared_by_its_path(registry: Registry, tmp_path: Path) -> None:
+    model = {"w": torch.ones(3)}
+    for step, rate in ((1, 1e-3), (2, 1.0)):
+        groups = [{"lr": rate, "betas": (0.9, 0.99), "name": "all"}]
+        payload = {
+            "model": model,
+            "optimizer": {"state": {0: {"step": torch.ones(())}}, "param_groups": groups},
+            "epoch": step,
+        }
+        torch.save(payload, tmp_path / "run.ckpt")
+        registry.push(tmp_path / "run.ckpt", "walk/run")
+    found = registry.diff("walk/run@1", "walk/run@2")
+    values = {one.role: [(value.key, value.a, value.b) for value in one.values] for one in found.components}
+    assert values == {
+        "model": [],
+        "optimizer": [("param_groups.0.lr", 1e-3, 1.0)],
+        "training": [("epoch", 1, 2)],
+    }
+    assert found.same_content
+    assert registry.diff("walk/run@1", "walk/run@1").components[1].values == ()
+
+
+def test_an_external_version_is_compared_by_digests(registry: Registry, tmp_path: Path) -> None:
+    for name, value in (("one", 1.0), ("two", 2.0)):
+        save_file({"w": torch.full((3,), value), "v": torch.ones(2)}, tmp_path / f"{name}.safetensors")
+        registry.push(tmp_path / f"{name}.safetensors", f"walk/{name}", external=name == "one")
+    found = registry.diff("walk/one", "walk/two")
+    (component,) = found.components
+    assert [(one.name, one.change, one.norms) for one in component.tensors] == [("w", "changed", None)]
+    assert any("walk/one@1 is recorded without its bytes" in note for note in found.notes)

@@ -18,7 +18,8 @@ from registry.core.layout import Layout, TensorSpec
 from registry.core.state_document import state_document
 from registry.formats import paths
 from registry.formats.source import PlainFileInMemory, Source, TensorFile, TensorFileOnDisk
-from registry.operations.push import check_request, push
+from registry.operations.push import push
+from registry.operations.push_request import check_request
 
 
 class Mixed(TensorFile):

@@ -12,7 +12,8 @@ from safetensors.torch import save
 from registry import Registry
 from registry.core.state_document import state_document
 from registry.formats.source import PlainFileInMemory, Source
-from registry.operations.push import check_request, push
+from registry.operations.push import push
+from registry.operations.push_request import check_request
 from tests.failures.support import CONFIG, adapter_tensors, floats, peft_folder, safetensors_bytes
 from tests.operations.models import lora, walker
 from tests.operations.test_skeletons import Mixed, shard_source

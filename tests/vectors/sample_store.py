@@ -242,15 +242,16 @@ def push_other_forms(registry: Ticking, work: Path) -> None:
 
 
 def take_away(registry: Ticking, work: Path) -> None:
-    """Versions that are removed, restored and purged."""
-    for seed in ("kept", "purged", "removed"):
+    """Versions that are removed, restored, purged, and pushed again after that."""
+    for seed in ("kept", "purged", "again", "removed"):
         path = work / f"{seed}.safetensors"
         path.write_bytes(safetensors_file([("weight", "F32", [4, 4], floats(seed, 16))]))
         registry.push(path, "walk/gone", tags=[seed])
-    registry.remove("walk/gone@1", "walk/gone@2", why="by mistake")
+    registry.remove("walk/gone@1", "walk/gone@2", "walk/gone@3", why="by mistake")
     registry.restore("walk/gone@1", why="it was none")
     registry.gc(grace=timedelta(0))
-    registry.remove("walk/gone@3")
+    registry.push(work / "again.safetensors", "walk/gone")
+    registry.remove("walk/gone@4")
 
 
 def make_store(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,129 @@
+"""What can be asked of a registry without loading anything: versions, history and lineage, and what differs. A part
+of the facade, which `Registry` inherits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from registry.catalog.journal_rows import events_of
+from registry.core.event import Event
+from registry.core.reference import parse_artifact
+from registry.operations import inspect, tagging
+from registry.operations.context import Context
+from registry.operations.inspect import Details, Lineage
+from registry.operations.version import Version, as_version
+
+if TYPE_CHECKING:
+    from registry.operations.difference import Difference
+
+
+class Questions:
+    """Verbs that change nothing; opened as `Registry`."""
+
+    _context: Context
+
+    def resolve(self, reference: str) -> str:
+        """The pinned form, `namespace/name@number`, of any reference.
+
+        Raises:
+            InvalidReference, ArtifactNotFound, VersionNotFound, TagNotFound
+        """
+        return inspect.pinned(self._context, reference)
+
+    def get(self, reference: str) -> Version:
+        """The version that a reference names.
+
+        Raises:
+            InvalidReference, ArtifactNotFound, VersionNotFound, TagNotFound
+        """
+        return as_version(inspect.get(self._context, reference))
+
+    def show(self, reference: str) -> Details:
+        """All that the catalog knows of a version: tensors, files, findings and events.
+
+        Raises:
+            InvalidReference, ArtifactNotFound, VersionNotFound, TagNotFound
+        """
+        return inspect.details(self._context, reference)
+
+    def find(
+        self,
+        *where: str,
+        pattern: str | None = None,
+        base: str | None = None,
+        tag: str | None = None,
+        kind: str | None = None,
+        order_by: str | None = None,
+        limit: int | None = None,
+    ) -> list[Version]:
+        """Versions that satisfy every condition.
+
+        Args:
+            where: `field op value`, joined by `and`, as `registry list --where` takes it.
+            pattern: `namespace/name` with `*` and `?`.
+            base: a base, `namespace/name` for any version of it.
+            order_by: a field, `-field` for descending; by default by name, newest first.
+
+        Raises:
+            InvalidQuery: an unknown field lists the known ones.
+        """
+        found = inspect.search(
+            self._context,
+            pattern=pattern,
+            where=where,
+            base=base,
+            tag=tag,
+            kind=kind,
+            order_by=order_by,
+            limit=limit,
+        )
+        return [as_version(one) for one in found]
+
+    def diff(self, a: str, b: str, *, weights: bool = True) -> Difference:
+        """What is different between two versions, of one name or of two, and of any kinds.
+
+        Tensors are compared by digest under their canonical names, from the catalog alone. Of adapters, what each adds
+        to the weight of a module, `scaling * B @ A`, is compared by its low-rank factors, whatever the ranks; where a
+        variant like DoRA computes something else, that is said, and the tensors are compared.
+
+        Args:
+            weights: read the tensors that differ, and measure how far they are apart. Without it neither torch is
+                imported nor a weight read.
+
+        Returns:
+            All differences; `same_content` where there are none but of form (spelling of the configuration, names of
+            adapters and wrappers, metadata, files).
+
+        Raises:
+            InvalidReference, ArtifactNotFound, VersionNotFound, TagNotFound
+            DigestMismatch, BlobNotFound, Corrupt: the store is damaged.
+        """
+        from registry.operations.diff import diff
+
+        return diff(self._context, a, b, weights=weights)
+
+    def log(self, reference: str) -> Lineage:
+        """The versions that one came from, and those that came from it.
+
+        Raises:
+            InvalidReference, NotFound
+        """
+        return inspect.lineage(self._context, reference)
+
+    def events(self, name: str) -> list[Event]:
+        """The whole history of a name, oldest first.
+
+        Raises:
+            ArtifactNotFound
+        """
+        namespace, short = parse_artifact(name)
+        with self._context.reading() as connection:
+            return events_of(connection, namespace, short)
+
+    def tag_history(self, name: str, tag: str) -> list[Event]:
+        """Every move, protection and deletion of a tag, oldest first.
+
+        Raises:
+            TagNotFound, ArtifactNotFound
+        """
+        return tagging.tag_history(self._context, name, tag)
