@@ -44,7 +44,8 @@ class NewVersion:
         parents: (relation, row id, weight); the base comes as `base_id` and becomes `trained_on` by itself.
         environment: what was captured at the push, see docs/format.md.
         peft_version: that wrote the adapter; None: unknown.
-        nonfinite: positions of tensors with NaN or Inf by component: only who reads the weights can know.
+        nonfinite: positions of tensors with NaN or Inf by component: only who reads the weights can know. None for an
+            event of the first program, which recorded neither this nor the origin.
         origin: where the artifact came from, as far as that is known.
         moved: where its bytes lie, if a later event of the journal says something else than `placement`.
         purged: `gc` took its bytes; of its blobs only the manifest and the layouts are needed.
@@ -63,7 +64,7 @@ class NewVersion:
     environment: Mapping[str, Any]
     message: str | None
     findings: Sequence[Finding]
-    nonfinite: Mapping[str, Sequence[int]]
+    nonfinite: Mapping[str, Sequence[int]] | None
     origin: Mapping[str, str] | None
     created_by: str
     created_at: datetime
@@ -136,7 +137,7 @@ def insert_version(name: LockedName, new: NewVersion) -> VersionKey:
     add_edges(connection, key.id, edges)
     _insert_findings(connection, key.id, new.findings)
     named = references(connection, [parent_id for _, parent_id, _ in edges])
-    payload = {
+    payload: dict[str, Any] = {
         "manifest": new.manifest.digest,
         "content": new.content_digest,
         # The manifest has digests, and one digest may be versions of several names.
@@ -146,10 +147,11 @@ def insert_version(name: LockedName, new: NewVersion) -> VersionKey:
         "peft_version": new.peft_version,
         "message": new.message,
         "bytes_new": new.bytes_new,
-        "nonfinite": {role: list(positions) for role, positions in new.nonfinite.items()},
-        "origin": None if new.origin is None else dict(new.origin),
         "placement": new.placement.to_json(),
     }
+    if new.nonfinite is not None:
+        payload["nonfinite"] = {role: list(positions) for role, positions in new.nonfinite.items()}
+        payload["origin"] = None if new.origin is None else dict(new.origin)
     name.append("pushed", payload, actor=new.created_by, at=at, version=(key.id, number))
     return key
 

@@ -13,6 +13,7 @@ from registry.core.errors import BlobNotFound, Corrupt, InvalidConfig, InvalidMa
 from registry.core.layout import Layout
 from registry.core.manifest import Manifest
 from registry.core.safetensors_header import read_header
+from registry.operations.hashing import nonfinite_test
 from registry.operations.reading import BlobReader, blob_bytes
 from registry.store.files import storage_errors
 from registry.store.interface import Store
@@ -62,6 +63,7 @@ class Holdings:
         self._damaged = damaged
         self._sizes = sizes or {}
         self._layouts: Newest[Layout] = Newest(_LAYOUTS)
+        self._nonfinite: dict[str, frozenset[int]] = {}
 
     def contains(self, digest: str) -> bool:
         return self.store.blobs.contains(digest)
@@ -127,6 +129,25 @@ class Holdings:
                     hasher.update(chunk)
                 found.append(str(hasher.hexdigest()))
         return tuple(found)
+
+    def nonfinite_ordinals(self, digest: str) -> frozenset[int]:
+        """Which tensors of a safetensors blob hold NaN or Inf, by reading it once; none of a blob that cannot be read,
+        which is told by its digest."""
+        known = self._nonfinite.get(digest)
+        if known is None:
+            found = set()
+            try:
+                with BlobReader(self.store.blobs) as reader:
+                    for ordinal, spec in enumerate(reader.blob(digest).header.layout):
+                        suspicious = nonfinite_test(spec.dtype)
+                        if suspicious is not None and any(
+                            suspicious(memoryview(chunk)) for chunk in reader.tensor(digest, ordinal)
+                        ):
+                            found.add(ordinal)
+            except (BlobNotFound, Corrupt):
+                found.clear()
+            known = self._nonfinite[digest] = frozenset(found)
+        return known
 
     def config(self, manifest: Manifest, peft_version: str | None) -> AdapterConfig | None:
         """The adapter's configuration: as it was pushed where its file is there, else in the manifest's spelling, which

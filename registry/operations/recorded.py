@@ -85,7 +85,8 @@ class Recorder:
         payload = event.payload
         with payload_of(event):
             placement = Placement.from_json(payload["placement"])
-            nonfinite = {role: tuple(positions) for role, positions in payload["nonfinite"].items()}
+            recorded = payload.get("nonfinite")
+            nonfinite = {role: tuple(positions) for role, positions in (recorded or {}).items()}
             peft_version = payload["peft_version"]
             moved = None
             if fate.placed_by != event.seq:
@@ -99,6 +100,8 @@ class Recorder:
             if any(not 0 <= position < len(part.tensors) for position in nonfinite.get(part.role, ())):
                 raise Corrupt(f"{what}: nonfinite names a tensor of the {part.role} that is not there")
         _check_placement(placement if moved is None else moved, manifest, what)
+        if recorded is None and not purged:  # events of the first program did not say it: only the weights can
+            nonfinite = self._nonfinite(manifest, placement if moved is None else moved)
         config = self._holdings.config(manifest, peft_version)
         with payload_of(event):
             targets, findings = version_findings(manifest.kind, config, layouts, nonfinite)
@@ -122,8 +125,8 @@ class Recorder:
                 environment=dict(payload["environment"]),
                 message=payload["message"],
                 findings=findings,
-                nonfinite=nonfinite,
-                origin=payload["origin"],
+                nonfinite=None if recorded is None else nonfinite,
+                origin=payload.get("origin"),
                 created_by=event.actor,
                 created_at=event.at,
                 moved=moved,
@@ -131,6 +134,18 @@ class Recorder:
             )
         blobs = tuple(self._blob(digest, role, new, what, registered) for _, digest, role in new.kept)
         return NewVersion(**{**vars(new), "blobs": blobs})
+
+    def _nonfinite(self, manifest: Manifest, placement: Placement) -> dict[str, tuple[int, ...]]:
+        """Positions of tensors with NaN or Inf, by component, from the bytes; what is not there has none."""
+        found = {}
+        for part in manifest.components:
+            positions = []
+            for position, (blob, ordinal) in enumerate(placement.components[part.role]):
+                if ordinal in self._holdings.nonfinite_ordinals(placement.blobs[blob][0]):
+                    positions.append(position)
+            if positions:
+                found[part.role] = tuple(positions)
+        return found
 
     def _compare_content(
         self,
