@@ -13,6 +13,7 @@ import torch
 
 from registry import Registry
 from registry.core.canonical_json import parse_json
+from tests.conformance.independent_reader import check_store
 
 FIRST = Path(__file__).with_name("first_store")
 PUSHED = sorted(
@@ -54,6 +55,10 @@ def test_the_journal_is_as_it_was_and_the_registry_is_whole(registry: Registry) 
     for path in FIRST.glob("journal/*/*/*.json"):
         assert (root / path.relative_to(FIRST)).read_bytes() == path.read_bytes()
     assert Registry.fsck(root, deep=True).problems == ()
+
+
+def test_a_reader_of_the_page_takes_it_for_whole() -> None:
+    assert check_store(FIRST).problems == []
 
 
 def test_what_only_the_weights_know_is_found_again(tmp_path: Path) -> None:

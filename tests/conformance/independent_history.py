@@ -23,7 +23,8 @@ from tests.conformance.independent_documents import (
 if TYPE_CHECKING:
     from tests.conformance.independent_reader import Reader
 
-PUSHED_MEMBERS = "manifest content base parents placement environment peft_version message bytes_new nonfinite origin"
+PUSHED_MEMBERS = "manifest content base parents placement environment peft_version message bytes_new"
+SINCE_THE_FIRST = " nonfinite origin"
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
@@ -43,7 +44,7 @@ class Version:
     manifest: dict[str, Any]
     layouts: dict[str, list[Spec]]
     placement: dict[str, Any]
-    nonfinite: dict[str, list[int]]
+    nonfinite: dict[str, list[int]] | None
     state: str = "present"
     said: dict[str, Any] = field(default_factory=dict)
     described: list[tuple[str, str]] = field(default_factory=list)
@@ -100,13 +101,13 @@ class History:
     # ---- versions
 
     def pushed(self, event: dict[str, Any], payload: dict[str, Any]) -> None:
-        members(payload, "pushed", PUSHED_MEMBERS)
+        members(payload, "pushed", PUSHED_MEMBERS + SINCE_THE_FIRST * ("nonfinite" in payload or "origin" in payload))
         number = event["version"]
         require(number == len(self.versions) + 1, f"version {number} comes after {len(self.versions)}")
         require(isinstance(payload["environment"], dict), "environment")
         require(is_text_or_null(payload["message"]) and is_text_or_null(payload["peft_version"]), "message")
         require(is_whole(payload["bytes_new"]), "bytes_new")
-        origin = payload["origin"]
+        origin = payload.get("origin")
         require(origin is None or (isinstance(origin, dict) and all(map(is_text, origin.values()))), "origin")
         reference = f"{self.name}@{number}"
         version = self.reader.version(reference, payload)

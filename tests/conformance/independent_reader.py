@@ -208,9 +208,11 @@ class Reader:
         manifest = read_manifest(self.blob(payload["manifest"]))
         layouts = {role: read_layout(self.blob(part["layout"])) for role, part in manifest["components"].items()}
         placement = self.placed(payload["manifest"], manifest, layouts, payload["placement"])
-        nonfinite = payload["nonfinite"]
-        require(isinstance(nonfinite, dict) and set(nonfinite) <= set(layouts), "nonfinite: no components")
-        for role, positions in nonfinite.items():
+        nonfinite = payload.get("nonfinite")
+        # Events of the first program have it not.
+        require("nonfinite" not in payload or isinstance(nonfinite, dict), "nonfinite: not an object")
+        require(set(nonfinite or {}) <= set(layouts), "nonfinite: no components")
+        for role, positions in (nonfinite or {}).items():
             good = isinstance(positions, list) and positions and all(map(is_whole, positions))
             require(good and all(one < other for one, other in pairwise(positions)), f"nonfinite: {role}")
             require(positions[-1] < len(layouts[role]), f"nonfinite: {role} has no tensor {positions[-1]}")
@@ -298,8 +300,10 @@ class Reader:
             elif not self.tensor_is(blob, ordinal, spec, digest, f"{role} {spec[0]!r}"):
                 broken.append(place)
         at_hand = [place for place, (position, _) in enumerate(entries) if blobs[position][0] in self.good]
-        said = [place for place in version.nonfinite.get(role, []) if place in at_hand]
-        require(said == broken, f"{role}: tensors {broken} hold NaN or infinities, not {said}")
+        said = [place for place in (version.nonfinite or {}).get(role, []) if place in at_hand]
+        require(
+            version.nonfinite is None or said == broken, f"{role}: tensors {broken} hold NaN or infinities, not {said}"
+        )
 
     def tensor_is(self, blob: str, ordinal: int, spec: Spec, digest: str, what: str) -> bool:
         """Proves a tensor; whether it is finite."""
