@@ -19,7 +19,7 @@ def test_json_of_show_has_all_that_list_has_and_the_contents(run: Run, here: Pat
         (name, "sha256:" + hashlib.sha256((artifacts / "first" / name).read_bytes()).hexdigest())
         for name in ("adapter_config.json", "adapter_model.safetensors")
     ]
-    assert shown["components"] == [{"name": "adapter", "tensors": 4, "parameters": 256, "bytes": 1024}]
+    assert shown["components"] == [{"name": "adapter", "tensors": 4, "parameters": 256, "bytes": 1024, "data": None}]
     assert shown["environment"]["python_version"]
     assert "tensors" not in shown
 

@@ -288,7 +288,7 @@ def test_a_manifest_that_names_another_layout_is_found(root: Path, b: Path) -> N
 
 def test_a_manifest_that_names_another_file_is_found(root: Path, b: Path) -> None:
     other_manifest(b, 2, lambda manifest: manifest["files"][0].update(size=manifest["files"][0]["size"] + 1))
-    refused(root, b, DigestMismatch, "put together again")
+    refused(root, b, Corrupt, "the file adapter_config.json, found")
 
 
 def test_a_manifest_with_a_path_that_leads_out_is_refused(root: Path, b: Path) -> None:
