@@ -65,9 +65,11 @@ def message(text: str, style: str = "") -> None:
     """Writes one line to standard error; `text` is escaped."""
     if sys.stderr is None:
         return
-    with suppress(BrokenPipeError):
+    try:
         sys.stderr.write(_encodable(paint(escaped(text), style, sys.stderr), sys.stderr) + "\n")
         sys.stderr.flush()
+    except BrokenPipeError:
+        silence(sys.stderr)  # what is left in its buffer would fail again when Python ends, with exit code 120
 
 
 def report_findings(findings: Iterable[Finding], notes: Iterable[str] = ()) -> None:

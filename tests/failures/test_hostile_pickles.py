@@ -103,7 +103,7 @@ def test_the_tensors_of_a_peft_folder_are_read_by_the_same_rules(
 
 def test_the_command_line_says_it_in_one_line(root: Path, tmp_path: Path) -> None:
     (tmp_path / "hostile.pth").write_bytes(asm.pickle(SYSTEM))
-    command = [sys.executable, "-m", "registry", "--registry", str(root), "push", "hostile.pth", "evil/adapter"]
+    command = [sys.executable, "-P", "-m", "registry", "--registry", str(root), "push", "hostile.pth", "evil/adapter"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 3
     assert done.stdout == ""
