@@ -152,6 +152,7 @@ def make_catalog(
     Returns:
         False where another process was first.
     """
+    durable.make_folders(catalog.parent / "tmp")  # a copy of a store may have come without this empty folder
     temporary = durable.new_temporary(catalog.parent / "tmp")
     wal = temporary.with_name(f"{temporary.name}-wal")
     try:

@@ -4,6 +4,7 @@ every file of it."""
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -27,11 +28,17 @@ PUSHED = sorted(
 
 
 @pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
-    root = Path(shutil.copytree(FIRST, tmp_path_factory.mktemp("first") / "registry"))
-    (root / "tmp").mkdir(exist_ok=True)
-    Registry.reindex(root)
-    return Registry.open(root)
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the store, with a catalog made from it."""
+    copy = Path(shutil.copytree(FIRST, tmp_path_factory.mktemp("first") / "registry"))
+    Registry.reindex(copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def registry(root: Path) -> Iterator[Registry]:
+    with Registry.open(root) as opened:
+        yield opened
 
 
 def test_it_is_the_first_programs() -> None:
@@ -50,8 +57,7 @@ def test_every_file_of_it_comes_back(registry: Registry, tmp_path: Path, event: 
         assert sha256(path.read_bytes()).hexdigest() == file.sha256
 
 
-def test_the_journal_is_as_it_was_and_the_registry_is_whole(registry: Registry) -> None:
-    root = Path(registry._context.store.root)  # type: ignore[attr-defined]
+def test_the_journal_is_as_it_was_and_the_registry_is_whole(root: Path) -> None:
     for path in FIRST.glob("journal/*/*/*.json"):
         assert (root / path.relative_to(FIRST)).read_bytes() == path.read_bytes()
     assert Registry.fsck(root, deep=True).problems == ()
