@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from registry.cli.opening import opened
-from registry.cli.options import Command, Options, common_options
+from registry.cli.options import Command, Options, attachment_options, common_options
 from registry.cli.output import (
     YELLOW,
     emit_json,
@@ -70,17 +70,7 @@ def _bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
     help="Record larger bases without their bytes; none: store all. [default: 2GiB]",
 )
 @click.option("--keep-duplicates", is_flag=True, help="Push also what is in the registry already under another path.")
-@click.option(
-    "--attachments/--no-attachments",
-    default=True,
-    help="Keep a folder's other files (optimizer, tokenizer). [default: on]",
-)
-@click.option(
-    "--attachment-limit",
-    metavar="MIB",
-    type=click.IntRange(min=0),
-    help="Largest of these files, in MiB; larger ones are left out. [default: 256]",
-)
+@attachment_options(files="optimizer, tokenizer", larger="larger ones are left out")
 @common_options
 @click.pass_obj
 def adopt_command(options: Options, /, folder: str, attachment_limit: int | None, **keywords: Any) -> None:

@@ -116,6 +116,31 @@ def check_step(step: int | None, metrics: Mapping[str, str]) -> None:
         raise click.UsageError("--step is the training step of --metric values; give one")
 
 
+def attachment_options(*, files: str, larger: str) -> Callable[[F], F]:
+    """Adds `--attachments/--no-attachments` and `--attachment-limit`.
+
+    Args:
+        files: examples of such files.
+        larger: what happens to one over the limit.
+    """
+
+    def decorate(function: F) -> F:
+        keep = click.option(
+            "--attachments/--no-attachments",
+            default=True,
+            help=f"Keep a folder's other files ({files}). [default: on]",
+        )
+        limit = click.option(
+            "--attachment-limit",
+            metavar="MIB",
+            type=click.IntRange(min=0),
+            help=f"Largest of these files, in MiB; {larger}. [default: 256]",
+        )
+        return keep(limit(function))
+
+    return decorate
+
+
 def annotation_options(function: F) -> F:
     """Adds `--meta`, `--metric` and `--step`."""
     meta = click.option(

@@ -12,6 +12,7 @@ from registry.cli.options import (
     Command,
     Options,
     annotation_options,
+    attachment_options,
     check_step,
     common_options,
     metadata_values,
@@ -49,17 +50,7 @@ from registry.cli.output import YELLOW, emit, emit_json, human_size, message, re
     help="Record layout, tensor digests and place, store no tensors: for bases of many gigabytes. It can be checked "
     "against, not pulled.",
 )
-@click.option(
-    "--attachments/--no-attachments",
-    default=True,
-    help="Keep a folder's other files (tokenizer, README). [default: on]",
-)
-@click.option(
-    "--attachment-limit",
-    metavar="MIB",
-    type=click.IntRange(min=0),
-    help="Largest of these files, in MiB. [default: 256]",
-)
+@attachment_options(files="tokenizer, README", larger="a larger one is refused")
 @common_options
 @click.pass_obj
 def push_command(

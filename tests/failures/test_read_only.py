@@ -99,6 +99,29 @@ def as_another_user(template: str, scratch: str) -> None:
             assert files_of(root) == before
 
 
+def reindexed_by_another_user(template: str, scratch: str) -> None:
+    warm_up(Path(scratch) / "warm-up")
+    with open_folder() as place:
+        root = Path(shutil.copytree(template, place / "registry"))
+        Registry.reindex(root)  # all that it imports
+
+        def refused() -> None:
+            with pytest.raises(ReadOnly):
+                Registry.reindex(root)
+
+        for lost in (False, True):
+            if lost:
+                (root / "catalog.sqlite").unlink()
+            with read_only(root):
+                before = files_of(root)
+                as_nobody(refused)
+                assert files_of(root) == before
+
+
+def test_a_registry_that_another_user_may_not_write_is_not_reindexed(template: Path, tmp_path: Path) -> None:
+    succeeds_alone(reindexed_by_another_user, template, tmp_path)
+
+
 def files_of(root: Path) -> dict[str, bytes | None]:
     """Every file with its bytes, the catalog's included."""
     return {str(path): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from registry import Registry
+from tests.operations import varied
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +18,16 @@ def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("template") / "registry"
     Registry.init(folder).close()
     return folder
+
+
+@pytest.fixture(scope="session")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A closed registry with something of everything, only to be copied."""
+    folder = tmp_path_factory.mktemp("filled")
+    (folder / "source").mkdir()
+    with Registry.init(folder / "registry") as made:
+        varied.fill(made, folder / "source")
+    return folder / "registry"
 
 
 @pytest.fixture

@@ -30,16 +30,6 @@ CHANGED = [
 ROWS = [table.name for table in tables.metadata.sorted_tables if table.name not in LEFT_OUT | EMPTY]
 
 
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A registry with something of everything; only to be copied."""
-    folder = tmp_path_factory.mktemp("filled")
-    (folder / "source").mkdir()
-    with Registry.init(folder / "registry") as registry:
-        varied.fill(registry, folder / "source")
-    return folder / "registry"
-
-
 @pytest.fixture
 def root(filled: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(filled, tmp_path / "registry"))

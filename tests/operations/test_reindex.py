@@ -20,7 +20,7 @@ from sqlalchemy.engine import make_url
 from registry import Corrupt, Registry, StorageError
 from registry.catalog import tables
 from registry.catalog.dump import Dump, IndexRow, differences, dump, index_rows, wrong_index_rows
-from registry.core.errors import InvalidInput, ReadOnly, WrongStore
+from registry.core.errors import InvalidInput, WrongStore
 from registry.operations.context import Context
 from tests.operations import varied
 
@@ -43,16 +43,6 @@ class Place:
                 connection.execute("CREATE SCHEMA public")
         else:
             (self.root / "catalog.sqlite").unlink()
-
-
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A registry with something of everything; only to be copied."""
-    folder = tmp_path_factory.mktemp("filled")
-    (folder / "source").mkdir()
-    with Registry.init(folder / "registry") as registry:
-        varied.fill(registry, folder / "source")
-    return folder / "registry"
 
 
 @pytest.fixture
@@ -307,16 +297,6 @@ def test_a_store_is_named_only_beside_a_server(place: Place, postgresql_url: str
         Registry.reindex(place.url, store=place.root)
     with pytest.raises(InvalidInput, match="--store FOLDER"):
         Registry.reindex(postgresql_url)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everything")
-def test_a_registry_that_cannot_be_written_is_left_alone(place: Place) -> None:
-    place.root.chmod(0o555)
-    try:
-        with pytest.raises(ReadOnly):
-            Registry.reindex(place.url)
-    finally:
-        place.root.chmod(0o755)
 
 
 def test_a_server_that_lost_its_catalog_is_asked_for_its_own_store(
