@@ -7,7 +7,7 @@ import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 from registry.core.canonical_json import MAX_INTEGER
 from registry.core.errors import InvalidInput
@@ -102,8 +102,8 @@ def check_step(step: object) -> int | None:
     if step is None:
         return None
     try:
-        number = operator.index(step)  # type: ignore[arg-type]  # numpy's integers too
-    except TypeError:
+        number = operator.index(step) if isinstance(step, SupportsIndex) else -1  # numpy's integers too
+    except TypeError:  # an array has __index__ as well
         number = -1
     if not 0 <= number <= MAX_INTEGER:
         raise InvalidInput(f"step {shown(repr(step))}: expected a whole number from 0 to 2**53 - 1")

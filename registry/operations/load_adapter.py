@@ -241,7 +241,8 @@ def _wrap(
     wrapped.train(model.training)
     for module, flag in training:
         module.training = flag
-    return wrapped  # type: ignore[no-any-return]  # peft is untyped here
+    loaded: nn.Module = wrapped
+    return loaded
 
 
 def module_findings(model: nn.Module, targets: tuple[Target, ...]) -> list[Finding]:

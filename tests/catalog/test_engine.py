@@ -474,7 +474,7 @@ def open_folder() -> Iterator[Path]:
 def shared(kind: str, catalogs: Catalogs, open_folder: Path) -> Iterator[tuple[str, Reader]]:
     """A registry, and a reader of it who is another user."""
     if os.geteuid() != 0:
-        pytest.skip("only root can become another user")
+        pytest.skip("NOT TESTED: it takes root to become a second user")
     url = catalogs.registry(kind, open_folder / "registry")
     for path in (open_folder / "registry", *(open_folder / "registry").rglob("*")):
         path.chmod(path.stat().st_mode | 0o444 | (0o111 if path.is_dir() else 0))

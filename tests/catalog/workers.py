@@ -5,9 +5,9 @@ from __future__ import annotations
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
-import registry.catalog.insertion  # these are loaded in the fork server, not eight times after it
+import registry.catalog.insertion
 import registry.formats.paths
-import registry.operations.push  # noqa: F401
+import registry.operations.push  # noqa: F401  # these three are loaded in the fork server, not eight times after it
 from registry import Registry
 
 _start: Barrier | None = None

@@ -140,7 +140,7 @@ def is_role(value: str) -> bool:
 def members(tree: Any, what: str, names: str) -> dict[str, Any]:
     require(isinstance(tree, dict), f"{what}: not an object")
     require(set(tree) == set(names.split()), f"{what}: members {sorted(tree)}, expected {names}")
-    return tree  # type: ignore[no-any-return]
+    return tree
 
 
 # ---------------------------------------------------------------- names and references

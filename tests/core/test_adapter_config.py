@@ -230,7 +230,7 @@ def test_a_live_mapping_becomes_json() -> None:
     }
     assert type(config.document["peft_type"]) is str
     assert config == read(json.dumps(config.document))
-    live["alpha_pattern"]["q"] = 3  # type: ignore[index]
+    live["alpha_pattern"]["q"] = 3
     assert config.alpha_pattern == {}, "it is a copy"
 
 

@@ -184,7 +184,7 @@ class TwoTensors(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> TwoTensors:
-        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
 
     def __init__(self, inner: Tensor) -> None:
         self.inner = inner

@@ -38,7 +38,7 @@ def probe(**changes: Any) -> Probe:
         "device": "cpu",
         "torch_version": "2.6.0",
     }
-    return Probe(**(fields | changes))  # type: ignore[arg-type]
+    return Probe(**(fields | changes))
 
 
 def assert_same(one: Any, other: Any) -> None:

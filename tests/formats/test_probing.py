@@ -137,7 +137,7 @@ def test_given_inputs_that_do_not_fit_are_an_error_with_the_models_own_words() -
 
 
 def test_no_probe_is_made_where_none_is_wanted() -> None:
-    assert make_probe(Calls(None), False) == NoProbe()  # type: ignore[arg-type]
+    assert make_probe(Calls(None), False) == NoProbe()
 
 
 # ---------------------------------------------------------------- inputs that are made
@@ -239,7 +239,7 @@ class Two(nn.Module):
 
 
 class OfADict(nn.Linear):
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
         return super().forward(batch["x"])
 
 

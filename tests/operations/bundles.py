@@ -46,7 +46,7 @@ class Checkpoint(TensorFile):
 
 
 def push_source(registry: Registry, source: Source, name: str, **options: object) -> str:
-    return push(registry._context, source, check_request(name, **options)).reference  # type: ignore[arg-type]
+    return push(registry._context, source, check_request(name, **options)).reference
 
 
 def adapter(folder: Path, seed: int, **options: object) -> Path:

@@ -421,7 +421,7 @@ class Unsupported(Walker):
 
     def __init__(self) -> None:
         super().__init__()
-        self.v_proj = nn.Bilinear(16, 16, 16)  # type: ignore[assignment]
+        self.v_proj = nn.Bilinear(16, 16, 16)
 
 
 def test_a_base_without_the_module_is_refused(registry: Registry) -> None:
@@ -537,7 +537,7 @@ def test_not_strict_wraps_a_base_with_what_it_has(registry: Registry) -> None:
     trained = lora(modules_to_save=["head"])
     registry.push(trained, "walk/perturb")
     base = Walker()
-    base.v_proj = nn.Identity()  # type: ignore[assignment]
+    base.v_proj = nn.Identity()
     refusal(registry, "walk/perturb", base)
     less = Renamed()
     with pytest.warns(UserWarning, match="q_proj") as noticed:
@@ -765,7 +765,7 @@ def test_tensors_that_are_no_plain_memory_are_refused(registry: Registry) -> Non
     registry.push({"a": torch.ones(3), "b": torch.ones(4)}, "walk/base")
     model = holding(a=torch.zeros(3))
     model.__dict__["_buffers"]["b"] = TwoTensors(torch.zeros(4))
-    model.state_dict = lambda: {"a": model.a, "b": model.b}  # type: ignore[method-assign, assignment]
+    model.state_dict = lambda: {"a": model.a, "b": model.b}
     with pytest.raises(Incompatible) as caught:
         registry.load("walk/base", model)
     assert [(one.code, one.subject, one.found) for one in caught.value.findings] == [("C21", "b", "a TwoTensors")]
@@ -809,7 +809,7 @@ def test_a_copy_without_effect_is_noticed(registry: Registry) -> None:
     registry.push({"a": torch.ones(3), "b": torch.ones(3)}, "walk/base")
     model = nn.Module()
     model.a, model.b = nn.Parameter(torch.zeros(3)), Stubborn(torch.zeros(3))
-    model.state_dict = lambda: {"a": model.a, "b": model.b}  # type: ignore[method-assign, assignment]
+    model.state_dict = lambda: {"a": model.a, "b": model.b}
     with pytest.raises(Incompatible, match="1 tensors of the model do not hold its values, b first"):
         registry.load("walk/base", model)
 

@@ -227,7 +227,7 @@ def test_what_can_be_refused_is_refused_before_the_model_is_changed(registry: Re
             registry.load(reference, model, prove=True, **options)
         assert_unchanged(model, before)
     with pytest.raises(InvalidInput, match="give one to load into"):
-        registry.load("walk/perturb", prove=True)  # type: ignore[call-overload]
+        registry.load("walk/perturb", prove=True)
 
 
 def test_a_lost_or_damaged_probe_is_told_before_the_model_is_changed(registry: Registry, root: Path) -> None:

@@ -360,7 +360,7 @@ def test_extra_state_of_a_module_is_refused_by_name(registry: Registry) -> None:
 def test_something_else_is_refused(registry: Registry) -> None:
     for thing in (3, [torch.zeros(1)], torch.zeros(1), lora):
         with pytest.raises(InvalidInput, match=r"cannot push a .*: expected a path, a PeftModel"):
-            registry.push(thing, "walk/base")  # type: ignore[arg-type]
+            registry.push(thing, "walk/base")
 
 
 # ---------------------------------------------------------------- embeddings that PEFT saves unasked

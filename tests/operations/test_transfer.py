@@ -115,7 +115,7 @@ def test_the_same_export_gives_the_same_bytes(filled: Registry, tmp_path: Path) 
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
     with tarfile.open(tmp_path / "one.tar") as tar:
         members = tar.getmembers()
-        assert {one.name: tar.extractfile(one).read() for one in members} == files_of(tmp_path / "one")  # type: ignore[union-attr]
+        assert {one.name: tar.extractfile(one).read() for one in members} == files_of(tmp_path / "one")
     assert [one.name for one in members] == sorted(one.name for one in members)
     assert {(one.mtime, one.uid, one.gid, one.mode, one.uname) for one in members} == {(0, 0, 0, 0o644, "")}
 

@@ -157,4 +157,4 @@ def llama_of(folder: Path) -> torch.nn.Module:
 
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(folder))
     model.config.name_or_path = ""
-    return model  # type: ignore[no-any-return]
+    return model

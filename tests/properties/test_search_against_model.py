@@ -92,7 +92,10 @@ class Version:
 
 def make_versions() -> list[Version]:
     rng = random.Random(23)
-    maybe = lambda *choices: rng.choice((None, *choices))  # noqa: E731
+
+    def maybe(*choices: Any) -> Any:
+        return rng.choice((None, *choices))
+
     numbers = dict.fromkeys(NAMES, 0)
     made: list[Version] = []
     for identifier in range(1, VERSIONS + 1):

@@ -158,6 +158,6 @@ def torch_tar(**members: bytes) -> bytes:
         for key, raw in members.items():
             info = tarfile.TarInfo(key)
             info.size = len(raw)
-            info.mtime = 1500000000.25  # type: ignore[assignment]  # as a file's: gives an extended header
+            info.mtime = 1500000000.25  # as a file's: gives an extended header
             archive.addfile(info, io.BytesIO(raw))
     return file.getvalue()

@@ -25,7 +25,7 @@ form = pytest.mark.parametrize("form", FORMS)
 
 def saved(folder: Path, tree: object, form: str = "torch zip", **more: object) -> Path:
     path = folder / "file.pt"
-    torch.save(tree, path, _use_new_zipfile_serialization=FORMS[form], **more)  # type: ignore[arg-type]
+    torch.save(tree, path, _use_new_zipfile_serialization=FORMS[form], **more)
     assert is_pickle(path.read_bytes()[:512])
     return path
 
@@ -99,9 +99,9 @@ def test_tied_tensors_share_their_storage_and_other_ones_do_not(tmp_path: Path, 
 @form
 def test_parameters_and_storages(tmp_path: Path, form: str) -> None:
     with_state = torch.nn.Parameter(torch.ones(2))
-    with_state.note = "kept by torch"  # type: ignore[attr-defined]
+    with_state.note = "kept by torch"
     attributed = torch.ones(2)
-    attributed.note = "kept by torch"  # type: ignore[attr-defined]
+    attributed.note = "kept by torch"
     tree = {"plain": torch.nn.Parameter(torch.ones(2, 2)), "frozen": torch.nn.Parameter(torch.ones(2), False)}
     assert_reads_like_torch(saved(tmp_path, tree | {"with state": with_state, "attributed": attributed}, form))
     stored = read(saved(tmp_path, {"storage": torch.ones(3).untyped_storage()}, form)).tree
@@ -145,7 +145,7 @@ def test_state_of_model_optimizer_and_scheduler(tmp_path: Path, form: str) -> No
     assert found["device"] == "cuda:1"
     assert found["hyper_parameters"]["size"] == (2, 3)
     assert isinstance(found["state_dict"], Ordered)
-    assert found["state_dict"].attributes["_metadata"] == model.state_dict()._metadata  # type: ignore[attr-defined]
+    assert found["state_dict"].attributes["_metadata"] == model.state_dict()._metadata
     tree["device"] = "cuda:1"
     with path.open("rb") as file:
         assert_same(found, tree, file)
