@@ -14,6 +14,7 @@ from registry.operations.inspect import Details, Lineage
 from registry.operations.version import Version, as_version
 
 if TYPE_CHECKING:
+    from registry.core.architecture import Architecture
     from registry.operations.difference import Difference
 
 
@@ -45,6 +46,22 @@ class Questions:
             InvalidReference, ArtifactNotFound, VersionNotFound, TagNotFound
         """
         return inspect.details(self._context, reference)
+
+    def architecture(self, reference: str) -> Architecture | None:
+        """Class and constructor arguments of the model of a version: as the pushed module said them
+        (`constructor_arguments`), else those of the base that it was trained on, and of that one's base. Nothing is
+        imported by the name of the class.
+
+        Returns:
+            None where none of them has any.
+
+        Raises:
+            InvalidReference, ArtifactNotFound, VersionNotFound, TagNotFound
+            BlobNotFound, DigestMismatch, Corrupt: the store is damaged.
+        """
+        from registry.operations.architectures import architecture
+
+        return architecture(self._context, reference)
 
     def find(
         self,

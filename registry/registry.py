@@ -156,7 +156,8 @@ class Registry(Questions, Transfer, Upkeep):
 
         Args:
             source: a PEFT folder, a folder that transformers or diffusers saved a model in, a `.safetensors` file, a
-                PeftModel (or a module that holds exactly one), any other module, or a state dict.
+                PeftModel (or a module that holds exactly one), any other module, or a state dict. Of a live model
+                that has `constructor_arguments` (a mapping), or whose base has, these are kept; see `architecture`.
             name: `namespace/name`, or `namespace/name:tag` to move a tag as well.
             base: reference of the base version that it was trained on.
             tags: tags to move to the version.

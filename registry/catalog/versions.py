@@ -95,6 +95,12 @@ def kind_of_version(connection: Connection, version_id: int) -> str:
     return kind
 
 
+def base_of(connection: Connection, version_id: int) -> int | None:
+    """Row id of the base that a version was trained on; None: none was declared."""
+    found: int | None = connection.execute(select(version.c.base_id).where(version.c.id == version_id)).scalar_one()
+    return found
+
+
 def same_content(connection: Connection, artifact_id: int, content_digest: str, below: int) -> int | None:
     """Number of the oldest version of a name with this content and a number below the given one."""
     return connection.execute(

@@ -10,6 +10,7 @@ from registry.core.event import format_moment, number_to_json
 from registry.operations.version import as_version
 
 if TYPE_CHECKING:
+    from registry.core.architecture import Architecture
     from registry.core.event import Event
     from registry.core.findings import Finding
     from registry.core.layout import TensorSpec
@@ -116,7 +117,7 @@ def version_document(version: Version) -> dict[str, Any]:
     }
 
 
-def details_document(details: Details, *, tensors: bool) -> dict[str, Any]:
+def details_document(details: Details, architecture: Architecture | None, *, tensors: bool) -> dict[str, Any]:
     """`registry show --json`: what `list` says, with findings in full, files, components, environment and history."""
     record = details.found.record
     pushed = next((event.payload for event in details.events if event.kind == "pushed"), {})
@@ -128,6 +129,9 @@ def details_document(details: Details, *, tensors: bool) -> dict[str, Any]:
         "environment": dict(pushed.get("environment", {})),
         "origin": pushed.get("origin"),
         "external": bool(details.contents.external),
+        "architecture": None
+        if architecture is None
+        else {"class": architecture.class_name, "arguments": _json(architecture.arguments)},
         "files": [
             {"path": file.path, "digest": sha256(file.sha256), "size": file.size, "component": file.role}
             for file in details.contents.files
@@ -159,6 +163,15 @@ def details_document(details: Details, *, tensors: bool) -> dict[str, Any]:
             for spec, digest in zip(component.layout, component.tensors, strict=True)
         ]
     return document
+
+
+def _json(value: Any) -> Any:
+    """Plain data of Python as JSON has it: a tuple is a list."""
+    if isinstance(value, Mapping):
+        return {key: _json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(item) for item in value]
+    return number_to_json(value) if isinstance(value, float) else value
 
 
 def finding_document(finding: Finding) -> dict[str, Any]:

@@ -18,12 +18,15 @@ from registry.cli.output import (
     human_number,
     human_size,
     human_time,
+    message,
     paint,
     width,
 )
 from registry.cli.table import Column, fold, table_lines
+from registry.core.errors import BlobNotFound, Corrupt
 
 if TYPE_CHECKING:
+    from registry.core.architecture import Architecture
     from registry.core.event import Event
     from registry.operations.inspect import Details
 
@@ -47,18 +50,23 @@ def show_command(options: Options, ref: str, tensors: bool) -> None:
     """Show all that is known of version REF."""
     with opened(options) as registry:
         details = registry.show(ref)
+        try:
+            architecture = registry.architecture(details.found.record.reference)
+        except (BlobNotFound, Corrupt) as error:  # all else is in the catalog, and wanted the more
+            architecture = None
+            message(f"the architecture cannot be read: {error}", YELLOW)
     if options.json:
         from registry.cli.documents import details_document
 
-        emit_json(details_document(details, tensors=tensors))
+        emit_json(details_document(details, architecture, tensors=tensors))
         return
-    emit_lines(_page(details, tensors=tensors, columns=width()))
+    emit_lines(_page(details, architecture, tensors=tensors, columns=width()))
 
 
-def _page(details: Details, *, tensors: bool, columns: int | None) -> Iterator[str]:
+def _page(details: Details, architecture: Architecture | None, *, tensors: bool, columns: int | None) -> Iterator[str]:
     title = details.found.record.reference
     yield from (paint(line, BOLD) for line in ([title] if columns is None else fold(title, columns)))
-    yield from _pairs(list(_facts(details)), columns)
+    yield from _pairs(list(_facts(details, architecture)), columns)
     found = details.found
     yield from _section("Metadata", ((key, value.text) for key, value in found.metadata.items()), columns)
     yield from _section("Metrics", ((key, _metric(value.json)) for key, value in found.metrics.items()), columns)
@@ -72,7 +80,7 @@ def _page(details: Details, *, tensors: bool, columns: int | None) -> Iterator[s
     yield from _history(details.events, columns)
 
 
-def _facts(details: Details) -> Iterator[tuple[str, str]]:
+def _facts(details: Details, architecture: Architecture | None) -> Iterator[tuple[str, str]]:
     record = details.found.record
     yield "kind", record.kind
     if record.tags:
@@ -85,6 +93,9 @@ def _facts(details: Details) -> Iterator[tuple[str, str]]:
         yield "model", f"{record.base_model} (as the adapter says)"
     if record.kind == "adapter" or record.peft_type is not None:
         yield from _adapter_facts(record)
+    if architecture is not None:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in architecture.arguments.items())
+        yield "class", f"{architecture.class_name}({arguments})"
     yield "size", f"{human_size(record.size)}; its push added {human_size(record.bytes_new)} to the store"
     yield "created", f"{human_time(record.created_at, seconds=True)} by {record.created_by}"
     pushed = next((event.payload for event in details.events if event.kind == "pushed"), {})

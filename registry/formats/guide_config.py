@@ -1,5 +1,5 @@
-"""The LoRA settings of pdp's `.pth` files (`lora_r`, `lora_alpha`, `lora_dropout`, `target_modules`, `apply_to`) and
-PEFT's configuration, each made from the other."""
+"""The LoRA settings of pdp's `.pth` files (`lora_r`, `lora_alpha`, `lora_dropout`, `target_modules`, `apply_to`, and
+`lora_options` where there are more) and PEFT's configuration, each made from the other."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from registry.core.content_digest import LORA_OPTIONS, PLAIN_INITS
 from registry.core.errors import InvalidConfig, InvalidInput
 from registry.core.reference import shown
 from registry.core.tensor_names import canonical_name, split_at_tuner
+from registry.formats.pickles import Limits, walk
 
 KEYS = ("lora_r", "lora_alpha")
 """What such settings have at least."""
+OPTIONS = "lora_options"
+MAX_OPTIONS = 100_000
+"""Values in the options, shared ones counted each time."""
 
 
 def has_settings(tree: object) -> bool:
@@ -31,8 +35,12 @@ def config_from_settings(settings: Mapping[Any, Any], names: Iterable[str], what
         names: of the adapter's tensors, under any wrapper and adapter name.
         what: names the file in errors.
 
+    What the settings have as `lora_options` are further keys of PEFT's LoraConfig (`use_rslora`, `rank_pattern`, ...);
+    they change nothing of what is said beside them.
+
     Raises:
         InvalidConfig: a setting of another type.
+        InvalidInput: options without end.
     """
     modules = set()
     for name in names:
@@ -47,15 +55,28 @@ def config_from_settings(settings: Mapping[Any, Any], names: Iterable[str], what
             raise InvalidConfig(f"{what}: {key} is {shown(repr(value))}; expected a number")
     return adapter_config(
         {
+            "bias": "none",
+            **_options(settings, what),
             "peft_type": "LORA",
             "r": rank,
             "lora_alpha": alpha,
             "lora_dropout": dropout,
             "target_modules": sorted(modules),
-            "bias": "none",
         },
         what,
     )
+
+
+def _options(settings: Mapping[Any, Any], what: str) -> dict[str, Any]:
+    options = settings.get(OPTIONS)
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
+        found = "keys that are not text" if isinstance(options, Mapping) else f"a {type(options).__name__}"
+        raise InvalidConfig(f"{what}: {OPTIONS} is {found}; expected a dict of keys of PEFT's LoraConfig")
+    for _ in walk(options, what=f"{what}, {OPTIONS}", limits=Limits(items=MAX_OPTIONS, depth=32)):
+        pass  # what is shared is expanded below: this counts it first
+    return dict(options)
 
 
 def settings_from_config(config: AdapterConfig, targets: Iterable[Target], what: str) -> dict[str, Any]:

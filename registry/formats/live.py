@@ -152,7 +152,7 @@ def _embeddings_belong(model: Any, adapter_name: str) -> bool:
     from peft.utils.other import EMBEDDING_LAYER_NAMES, match_target_against_key
 
     config = model.peft_config[adapter_name]
-    base = _base_of(model)
+    base = base_of(model)
     if not hasattr(base, "get_input_embeddings"):
         return False
     targets = getattr(config, "target_modules", None) or ()
@@ -169,7 +169,8 @@ def _embeddings_belong(model: Any, adapter_name: str) -> bool:
     return vocabulary is not None and saved is not None and vocabulary != saved
 
 
-def _base_of(model: Any) -> Any:
+def base_of(model: Any) -> Any:
+    """The model within a PeftModel, with the adapter's layers in it; another model is its own base."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -257,7 +258,7 @@ def live_config(model: Any, name: str) -> AdapterConfig:
     document.pop("peft_version", None)
     document.pop("runtime_config", None)
     document["inference_mode"] = True
-    base = _base_of(model)
+    base = base_of(model)
     if document.get("base_model_name_or_path") is None:
         document["base_model_name_or_path"] = vars(base).get("name_or_path") or None
     if document.get("task_type") is None:
@@ -278,9 +279,14 @@ def _state_dict(tensors: Mapping[Any, Any], form: str, wanted: str | None) -> So
     return Source(form=form, kind=kind, tensor_files=(file,), notes=notes)
 
 
-def tensor_file(path: str, role: str, tensors: Mapping[Any, Any]) -> TensorFileInMemory:
+def tensor_file(
+    path: str, role: str, tensors: Mapping[Any, Any], metadata: Mapping[str, str] | None = None
+) -> TensorFileInMemory:
     """A safetensors file of these tensors, in the order in which the safetensors library writes them: by dtype, the
     last one in its list first, then by name.
+
+    Args:
+        metadata: for its header, beside `format`.
 
     Raises:
         UnsupportedTensor, InvalidInput, MalformedTensors: names the tensor.
@@ -289,7 +295,7 @@ def tensor_file(path: str, role: str, tensors: Mapping[Any, Any]) -> TensorFileI
     rank = {dtype: place for place, dtype in enumerate(DTYPE_BITS)}
     specs.sort(key=lambda pair: (-rank[pair[0].dtype], pair[0].name))
     layout = Layout(tuple(spec for spec, _ in specs))
-    return TensorFileInMemory(path, role, layout, [partial(tensor_bytes, value) for _, value in specs])
+    return TensorFileInMemory(path, role, layout, [partial(tensor_bytes, value) for _, value in specs], metadata)
 
 
 def tensor_spec(name: object, value: Any) -> TensorSpec:

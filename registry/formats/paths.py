@@ -16,8 +16,10 @@ from registry.core.reference import shown
 from registry.formats.attachments import ATTACHMENT_LIMIT, FolderListing, attachments, list_folder
 from registry.formats.kinds import kind_of
 from registry.formats.model_source import read_model_folder
-from registry.formats.payloads import read_pickled_file
+from registry.formats.payloads import read_pickled_file, source_of
+from registry.formats.pickled import Components
 from registry.formats.pickles import is_pickle
+from registry.formats.safetensors_tree import STATE, read_tree
 from registry.formats.source import (
     PlainFileInMemory,
     Source,
@@ -61,16 +63,21 @@ def read_path(
         return read_folder(list_folder(path, without), attachment_limit=attachment_limit)
     with open_regular(path) as file, source_errors(path):
         head = file.read(512)
-    if path.suffix != ".safetensors" and is_pickle(head):
-        return read_pickled_file(path)
-    if path.suffix == ".safetensors" or head[8:9] == b"{":
+    if is_safetensors(path, head):
         return read_safetensors_file(path)
+    if is_pickle(head):
+        return read_pickled_file(path)
     if path.suffix in PICKLE_SUFFIXES:
         return read_pickled_file(path)  # which knows what else is found under these names
     raise InvalidInput(
         f"{shown(str(path), 200)}: expected a PEFT or model folder, a .safetensors file, or one of torch.save "
         f"(.pth, .pt, .ckpt, .bin), found something else"
     )
+
+
+def is_safetensors(path: Path, head: bytes) -> bool:
+    """Whether a file that begins with these bytes is read as safetensors: by its suffix, else by its content."""
+    return path.suffix == ".safetensors" or (head[8:9] == b"{" and not is_pickle(head))
 
 
 def read_folder(listing: FolderListing, *, attachment_limit: int | None = ATTACHMENT_LIMIT) -> Source:
@@ -131,14 +138,16 @@ def _why_no_adapter(names: Collection[str]) -> str:
 
 
 def read_safetensors_file(path: Path) -> Source:
-    """Opens a safetensors file by itself.
+    """Opens a safetensors file by itself: tensors alone, or a checkpoint with a state document in its header.
 
     Raises:
-        InvalidInput, MalformedTensors
+        InvalidInput, MalformedTensors, UnsupportedTensor
     """
     name = check_file_path(path.name)
     with ExitStack() as stack:
         tensors = open_tensors(path, name, "", stack)
+        if STATE in tensors.header.metadata:
+            return _read_checkpoint(tensors, shown(str(path), 200), stack)
         kind = kind_of(tensors.layout)
         tensors.rename_component("", "adapter" if kind == "adapter" else "model")
         notes: tuple[str, ...] = ()
@@ -160,6 +169,26 @@ def read_safetensors_file(path: Path) -> Source:
             notes=notes,
             resources=stack.pop_all(),
         )
+
+
+def _read_checkpoint(tensors: TensorFileOnDisk, what: str, resources: ExitStack) -> Source:
+    found, ordinals = read_tree(tensors.header, what)
+
+    def with_components(components: Components) -> TensorFileOnDisk:
+        if any(id(ref) not in ordinals for ref in components.tensors):
+            raise InvalidInput(f"{what} holds tensors within bytes of its state document; save them as tensors")
+        places = [ordinals[id(ref)] for ref in components.tensors]
+        used = set(places)
+        left = next((spec.name for at, spec in enumerate(tensors.layout) if at not in used), None)
+        if left is not None:
+            raise InvalidInput(f"{what}: the tensor {shown(left)} is in no state dict; save it in one, or leave it out")
+        tensors.entries = {
+            role: tuple((tensor_name, places[place]) for tensor_name, place in named)
+            for role, named in components.entries.items()
+        }
+        return tensors
+
+    return source_of(found, what, with_components, resources)
 
 
 def _header_config(tensors: TensorFileOnDisk, what: str) -> AdapterConfig | None:

@@ -5,7 +5,7 @@ component `training`, and the plain values that people ask for become metadata."
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +16,13 @@ from registry.core.annotations import read_metadata
 from registry.core.errors import InvalidInput, MalformedTensors
 from registry.core.manifest import check_file_path
 from registry.core.reference import shown
+from registry.core.state_document import Inert
 from registry.core.tensor_names import is_adapter_tensor
 from registry.formats.guide_config import config_from_settings, has_settings
 from registry.formats.kinds import kind_of
 from registry.formats.pickled import Components, PickledFile, opaque_note
 from registry.formats.pickles import Opaque, PickleFile, TensorRef, read_pickle_bytes, read_pickle_file
-from registry.formats.source import OpenFile, Source, open_regular, source_errors
+from registry.formats.source import OpenFile, Source, TensorFile, open_regular, source_errors
 
 ROLES = {
     **dict.fromkeys(("model", "model_state_dict", "state_dict", "model_state", "module", "net", "network"), "model"),
@@ -40,18 +41,22 @@ _NOT_IN_A_ROLE = re.compile(r"[^a-z0-9_.-]+")
 
 
 @dataclass
-class _Payload:
+class Payload:
     """A checkpoint taken apart.
 
     Attributes:
+        tree: the whole of it, with pickles that stood in it as bytes read in their places.
         state_dicts: by component, with the key under which each was found.
         settings: of a LoRA, as pdp saves them.
         training: what is no state dict.
+        notes: what was left out because it is there twice.
     """
 
+    tree: object
     state_dicts: dict[str, tuple[str, object]] = field(default_factory=dict)
     settings: Mapping[object, object] | None = None
     training: dict[object, object] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def read_pickled_file(path: Path) -> Source:
@@ -65,23 +70,40 @@ def read_pickled_file(path: Path) -> Source:
         file = stack.enter_context(open_regular(path))
         with source_errors(path):
             found = read_pickle_file(file, size=OpenFile(file, what).size, what=what)
-        payload = _take_apart(found, what)
-        components = Components(what)
-        notes = [*opaque_note(found), *_collect(payload, components, what)]
-        config = _config(payload, components, what)
-        kind = _kind(payload, components, config)
-        if kind == "adapter" and config is None:
-            notes.append("pushed without a configuration, so lora_alpha is unknown")
-        return Source(
-            form=f"{found.form} file",
-            kind=kind,
-            tensor_files=(PickledFile(name, file, components, what=what),),
-            config=config,
-            data=components.data,
-            metadata=dict(_asked_for(payload.training)),
-            notes=tuple(notes),
-            resources=stack.pop_all(),
-        )
+        return source_of(found, what, lambda components: PickledFile(name, file, components, what=what), stack)
+
+
+def source_of(
+    found: PickleFile, what: str, tensor_file: Callable[[Components], TensorFile], resources: ExitStack
+) -> Source:
+    """What was read from one file as something to push.
+
+    Args:
+        what: names the file in errors.
+        tensor_file: the file with these components in it.
+        resources: what the source closes; taken over.
+
+    Raises:
+        InvalidInput, MalformedTensors: nobody can tell what is the model, or there is none.
+    """
+    payload = take_apart(found, what)
+    components = Components(what)
+    notes = [*opaque_note(found), *payload.notes]
+    _collect(payload, components, what)
+    config = _config(payload, components, what)
+    kind = _kind(payload, components, config)
+    if kind == "adapter" and config is None:
+        notes.append("pushed without a configuration, so lora_alpha is unknown")
+    return Source(
+        form=f"{found.form} file",
+        kind=kind,
+        tensor_files=(tensor_file(components),),
+        config=config,
+        data=components.data,
+        metadata=dict(_asked_for(payload.training)),
+        notes=tuple(notes),
+        resources=resources.pop_all(),
+    )
 
 
 def state_dict_file(path: Path, name: str, role: str, file: BinaryIO) -> tuple[PickledFile, tuple[str, ...]]:
@@ -102,16 +124,30 @@ def state_dict_file(path: Path, name: str, role: str, file: BinaryIO) -> tuple[P
     return PickledFile(name, file, components, what=what), opaque_note(found)
 
 
-def _take_apart(found: PickleFile, what: str) -> _Payload:
+def take_apart(found: PickleFile, what: str) -> Payload:
+    """Finds the state dicts of a checkpoint and what they are.
+
+    A single state dict that is neither `model` nor `adapter` is the model. What stands there twice, tensor for tensor,
+    is kept once.
+
+    Args:
+        what: names the file in errors.
+
+    Raises:
+        InvalidInput: no dict, two state dicts of one kind, or a name that no component may have; and what reading the
+            pickles within it raises.
+    """
     tree = found.tree
-    payload = _Payload()
+    payload = Payload(tree)
     if _is_state_dict(tree):
         payload.state_dicts["model"] = ("the file", tree)
+        _keep_once(payload)
         return payload
     if not isinstance(tree, dict):
         raise InvalidInput(f"{what}: expected a state dict or a checkpoint, found {_described(tree)}; {_SAVE_A_DICT}")
     if isinstance(tree.get("state"), dict) and isinstance(tree.get("param_groups"), list):
-        raise InvalidInput(f"{what} holds no model, only an optimizer's state; push the model's checkpoint")
+        payload.state_dicts["optimizer"] = ("the file", tree)
+        return payload
     rest = dict(tree)
     if isinstance(rest.get("lora_state_dict"), dict) and has_settings(rest):
         _add(payload, "adapter", "lora_state_dict", rest.pop("lora_state_dict"), what)
@@ -120,8 +156,12 @@ def _take_apart(found: PickleFile, what: str) -> _Payload:
     if isinstance(saved, dict):
         # The workspace keeps each as the bytes of a pickle of its own.
         rest.pop("pickles")
-        for key, value in saved.items():
-            value = _read_inner(value, f"{what}, {shown(str(key))}", found) if isinstance(value, bytes) else value
+        read = {
+            key: _read_inner(value, f"{what}, {shown(str(key))}", found) if isinstance(value, bytes) else value
+            for key, value in saved.items()
+        }
+        payload.tree = {**tree, "pickles": read}
+        for key, value in read.items():
             rest.setdefault(key, value)
     state_dicts = rest.get("state_dicts")
     if isinstance(state_dicts, dict):
@@ -135,6 +175,7 @@ def _take_apart(found: PickleFile, what: str) -> _Payload:
             _add(payload, _role(key, what), str(key), value, what)
         else:
             payload.training[key] = value
+    _keep_once(payload)
     return payload
 
 
@@ -154,7 +195,7 @@ def _role(key: object, what: str) -> str:
     return role
 
 
-def _add(payload: _Payload, role: str, key: str, tree: object, what: str) -> None:
+def _add(payload: Payload, role: str, key: str, tree: object, what: str) -> None:
     if role == TRAINING and key not in payload.training:
         payload.training[key] = tree  # the component of that name is ours
         return
@@ -166,43 +207,21 @@ def _add(payload: _Payload, role: str, key: str, tree: object, what: str) -> Non
     payload.state_dicts[role] = (key, tree)
 
 
-def _collect(payload: _Payload, components: Components, what: str) -> list[str]:
-    """Puts the state dicts into components; what there is to say of it."""
-    found = {role: tree for role, (_, tree) in payload.state_dicts.items()}
-    if "adapter" not in found and "model" not in found:
-        others = [role for role in found if role not in NOT_MODELS and _has_tensor(found[role])]
-        if len(others) == 1:
-            found["model"] = found.pop(others[0])
-        elif others:
-            named = ", ".join(shown(payload.state_dicts[role][0]) for role in others)
-            raise InvalidInput(
-                f"{what} holds {len(others)} state dicts and none that is called model: {named}; save the model's "
-                "under 'model', or each in its own file"
-            )
-        elif _has_tensor(payload.training, into_opaque=True):
-            raise InvalidInput(
-                f"{what}: expected a state dict or a checkpoint, found tensors that stand in no dict of named "
-                f"tensors, in {_described(payload.training)}; {_SAVE_A_DICT}"
-            )
-        elif not any(map(_has_tensor, found.values())):
-            raise MalformedTensors(f"{what} holds no tensors; there is nothing to keep")
-        else:
-            raise InvalidInput(f"{what} holds no model, only {', '.join(sorted(found))}; push the model's checkpoint")
-    notes = []
-    if isinstance(found.get("model"), dict):
-        found["model"], note = _once(found["model"])
-        notes += note
-    for role, tree in found.items():
-        components.add(role, tree)
-    if not components.tensors:
-        raise MalformedTensors(f"{what} holds no tensors; there is nothing to keep")
-    for role in [role for role in components.entries if role not in ("model", *NOT_MODELS)]:
-        if components.entries[role] == components.entries.get("model") and role not in components.data:
-            del components.entries[role]
-            notes.append(f"{shown(role)} is the model again, tensor for tensor, and is kept once")
-    if payload.training:
-        components.add(TRAINING, payload.training)
-    return notes
+def _keep_once(payload: Payload) -> None:
+    """Decides what the model is, and takes out what is the same again."""
+    found = payload.state_dicts
+    others = [role for role, (_, tree) in found.items() if role not in NOT_MODELS and _has_tensor(tree)]
+    if "adapter" not in found and "model" not in found and len(others) == 1:
+        found["model"] = found.pop(others[0])
+    if "model" not in found:
+        return
+    key, model = found["model"]
+    model, payload.notes = _once(model)
+    found["model"] = (key, model)
+    for role in [role for role in found if role not in ("model", *NOT_MODELS)]:
+        if _same_tensors(found[role][1], model):
+            del found[role]
+            payload.notes.append(f"{shown(role)} is the model again, tensor for tensor, and is kept once")
 
 
 def _once(model: object) -> tuple[object, list[str]]:
@@ -220,13 +239,55 @@ def _once(model: object) -> tuple[object, list[str]]:
     return {key.removeprefix(prefix): value for key, value in inner.items()}, [note]
 
 
+def _same_tensors(tree: object, model: object) -> bool:
+    """Whether both are flat, and the same tensors in the same order under the same names."""
+    if not isinstance(tree, dict) or not isinstance(model, dict) or len(tree) != len(model) or not tree:
+        return False
+    return all(
+        one == other and isinstance(tensor, TensorRef) and _place(tensor) == _place(its)
+        for (one, tensor), (other, its) in zip(tree.items(), model.items(), strict=True)
+    )
+
+
+def _collect(payload: Payload, components: Components, what: str) -> None:
+    """Puts the state dicts into components.
+
+    Raises:
+        InvalidInput, MalformedTensors: there is no model.
+    """
+    found = {role: tree for role, (_, tree) in payload.state_dicts.items()}
+    if "adapter" not in found and "model" not in found:
+        others = [role for role in found if role not in NOT_MODELS and _has_tensor(found[role])]
+        if others:
+            named = ", ".join(shown(payload.state_dicts[role][0]) for role in others)
+            raise InvalidInput(
+                f"{what} holds {len(others)} state dicts and none that is called model: {named}; save the model's "
+                "under 'model', or each in its own file"
+            )
+        elif _has_tensor(payload.training, into_opaque=True):
+            raise InvalidInput(
+                f"{what}: expected a state dict or a checkpoint, found tensors that stand in no dict of named "
+                f"tensors, in {_described(payload.training)}; {_SAVE_A_DICT}"
+            )
+        elif not any(map(_has_tensor, found.values())):
+            raise MalformedTensors(f"{what} holds no tensors; there is nothing to keep")
+        else:
+            raise InvalidInput(f"{what} holds no model, only {', '.join(sorted(found))}; push the model's checkpoint")
+    for role, tree in found.items():
+        components.add(role, tree)
+    if not components.tensors:
+        raise MalformedTensors(f"{what} holds no tensors; there is nothing to keep")
+    if payload.training:
+        components.add(TRAINING, payload.training)
+
+
 def _place(value: object) -> object:
     if not isinstance(value, TensorRef):
         return id(value)
     return id(value.storage), value.offset, value.shape, value.stride, value.dtype
 
 
-def _config(payload: _Payload, components: Components, what: str) -> AdapterConfig | None:
+def _config(payload: Payload, components: Components, what: str) -> AdapterConfig | None:
     role = "adapter" if "adapter" in components.entries else "model"
     names = [name for name, _ in components.entries[role] if is_adapter_tensor(name)]
     if payload.settings is None or not names:
@@ -234,7 +295,7 @@ def _config(payload: _Payload, components: Components, what: str) -> AdapterConf
     return config_from_settings(payload.settings, names, what)
 
 
-def _kind(payload: _Payload, components: Components, config: AdapterConfig | None) -> str:
+def _kind(payload: Payload, components: Components, config: AdapterConfig | None) -> str:
     roles = set(components.entries) - {TRAINING}
     if roles == {"adapter"}:
         return "adapter"
@@ -280,9 +341,10 @@ def _has_tensor(tree: object, *, into_opaque: bool = False) -> bool:
         if isinstance(value, dict | list | tuple) and id(value) not in seen:
             seen.add(id(value))
             open_values += value.values() if isinstance(value, dict) else value
-        elif into_opaque and isinstance(value, Opaque) and id(value) not in seen:
+        elif into_opaque and isinstance(value, Opaque | Inert) and id(value) not in seen:
             seen.add(id(value))
-            open_values += [value.arguments, value.keywords, value.state, value.items]
+            open_values += [value.arguments, value.state]
+            open_values += [value.keywords, value.items] if isinstance(value, Opaque) else []
     return False
 
 
@@ -292,6 +354,6 @@ def _described(tree: object) -> str:
     if isinstance(tree, dict):
         keys = ", ".join(shown(str(key)) for key in list(tree)[:5])
         return f"a dict of {keys}" if keys else "an empty dict"
-    if isinstance(tree, Opaque):
-        return f"an object of {shown(tree.type_name)}"
+    if isinstance(tree, Opaque | Inert):
+        return f"an object of {shown(tree.type_name if isinstance(tree, Opaque) else tree.name)}"
     return f"a {type(tree).__name__}"

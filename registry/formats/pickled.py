@@ -4,8 +4,8 @@ What the file holds comes from `pickles`, as plain data; nothing of it is run.""
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator, Mapping
-from typing import BinaryIO
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO
 
 from registry.core.errors import InvalidInput, MalformedTensors
 from registry.core.layout import NOT_IN_A_NAME, Layout, TensorSpec
@@ -20,6 +20,80 @@ MAX_VALUES = 2_000_000
 _Key = tuple[int, int, tuple[int, ...], tuple[int, ...], str]
 
 
+class PlainData:
+    """Makes plain data of trees that come from a file. They may share parts without end, be deep, or hold themselves,
+    so all that is made is counted."""
+
+    def __init__(self, what: str, tensor: Callable[[TensorRef], object] = lambda ref: ref) -> None:
+        """
+        Args:
+            what: names the file in errors.
+            tensor: gives what stands for a tensor.
+        """
+        self.what = what
+        self._tensor = tensor
+        self._values = 0
+
+    def of(self, value: object, above: tuple[int, ...] = ()) -> Any:
+        """The value with inert stand-ins for what a state document has no form for.
+
+        Args:
+            above: ids of the containers that it stands in.
+
+        Raises:
+            InvalidInput: nested too deeply, too much of it, or an object as a key.
+        """
+        self.count()
+        self.check_depth(len(above))
+        if id(value) in above:
+            return Inert("a reference back to itself")
+        inside = (*above, id(value))
+        if isinstance(value, dict):
+            return {self._key(key): self.of(item, inside) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.of(item, inside) for item in value]
+        if isinstance(value, tuple):
+            return tuple(self.of(item, inside) for item in value)
+        if isinstance(value, set | frozenset):
+            return type(value)(self._key(item) for item in value)
+        if isinstance(value, Opaque):
+            state = {"state": value.state, "items": value.items, "keywords": value.keywords}
+            kept = {key: item for key, item in state.items() if item not in (None, {})}
+            return Inert(value.type_name, self.of(value.arguments, inside), self.of(kept, inside))
+        if isinstance(value, Inert):
+            return Inert(value.name, self.of(value.arguments, inside), self.of(value.state, inside))
+        return self._key(value)
+
+    def check_depth(self, depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise InvalidInput(f"{self.what}: nested over {MAX_DEPTH} deep; save less of it")
+
+    def count(self) -> None:
+        self._values += 1
+        if self._values > MAX_VALUES:
+            raise InvalidInput(
+                f"{self.what}: over {MAX_VALUES} values, with shared ones counted each time; save what is needed of it"
+            )
+
+    def _key(self, value: object) -> object:
+        if isinstance(value, TensorRef):
+            return self._tensor(value)
+        if isinstance(value, tuple):  # a key or in a set: small, and without containers that can be changed
+            return tuple(map(self._key, value))
+        if isinstance(value, Opaque):
+            raise InvalidInput(
+                f"{self.what}: expected text or numbers as keys and in sets, found an object of "
+                f"{shown(value.type_name)}; save it as a value"
+            )
+        if isinstance(value, OpaqueGlobal):
+            return str(value)
+        if isinstance(value, datetime.date | datetime.time | datetime.timedelta | datetime.tzinfo):
+            return str(value)
+        if isinstance(value, slice | range):
+            return repr(value)
+        return value
+
+
 class Components:
     """Collects the components of one file: each tensor of it once, however many names it has."""
 
@@ -29,13 +103,13 @@ class Components:
             what: names the file in errors.
         """
         self.what = what
+        self._plain = PlainData(what)
         self.tensors: list[TensorRef] = []
         self.labels: list[str] = []
         self.entries: dict[str, tuple[tuple[str, int], ...]] = {}
         self.data: dict[str, bytes] = {}
         self._ordinals: dict[_Key, int] = {}
         self._labelled: set[str] = set()
-        self._values = 0
 
     def add(self, role: str, tree: object) -> None:
         """Takes in a state dict. A tensor's name is its key, or its keys joined by dots.
@@ -50,7 +124,7 @@ class Components:
         self.entries[role] = tuple(named.items())
         if not _is_flat(tree):
             self.data[role] = state_document(
-                self._plain(tree, ()), tensor_name=lambda value: names.get(id(value)), what=f"{self.what}, {role}"
+                self._plain.of(tree), tensor_name=lambda value: names.get(id(value)), what=f"{self.what}, {role}"
             )
 
     def layout_of(self, role: str) -> Layout:
@@ -63,8 +137,8 @@ class Components:
     def _collect(
         self, value: object, path: str, named: dict[str, int], names: dict[int, str], above: tuple[int, ...]
     ) -> None:
-        self._count()
-        self._check_depth(len(above))
+        self._plain.count()
+        self._plain.check_depth(len(above))
         if id(value) in above:
             return  # the state document says that it leads back to itself
         inside = (*above, id(value))
@@ -83,17 +157,9 @@ class Components:
             # A moving average's or a buffer's object: its attributes are named as if it were their dict.
             for part_of_it in (value.arguments, value.keywords, value.state, value.items):
                 self._collect(part_of_it, path, named, names, inside)
-
-    def _check_depth(self, depth: int) -> None:
-        if depth > MAX_DEPTH:
-            raise InvalidInput(f"{self.what}: nested over {MAX_DEPTH} deep; save less of it")
-
-    def _count(self) -> None:
-        self._values += 1
-        if self._values > MAX_VALUES:
-            raise InvalidInput(
-                f"{self.what}: over {MAX_VALUES} values, with shared ones counted each time; save what is needed of it"
-            )
+        elif isinstance(value, Inert):
+            for part_of_it in (value.arguments, value.state):
+                self._collect(part_of_it, path, named, names, inside)
 
     def _name(self, path: str, taken: Mapping[str, int]) -> str:
         if NOT_IN_A_NAME.search(path):
@@ -114,36 +180,6 @@ class Components:
             self.labels.append(self._name(name, dict.fromkeys(self._labelled, 0)) if name in self._labelled else name)
             self._labelled.add(self.labels[-1])
         return self._ordinals[key]
-
-    def _plain(self, value: object, above: tuple[int, ...]) -> object:
-        """The value with inert stand-ins for what a state document has no form for."""
-        self._count()
-        self._check_depth(len(above))
-        if id(value) in above:
-            return Inert("a reference back to itself")
-        inside = (*above, id(value))
-        if isinstance(value, dict):
-            return {self._key(key): self._plain(item, inside) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self._plain(item, inside) for item in value]
-        if isinstance(value, tuple):
-            return tuple(self._plain(item, inside) for item in value)
-        if isinstance(value, set | frozenset):
-            return type(value)(self._key(item) for item in value)
-        if isinstance(value, Opaque):
-            state = {"state": value.state, "items": value.items, "keywords": value.keywords}
-            kept = {key: item for key, item in state.items() if item not in (None, {})}
-            return Inert(value.type_name, self._plain(value.arguments, inside), self._plain(kept, inside))
-        return self._key(value)
-
-    def _key(self, value: object) -> object:
-        if isinstance(value, OpaqueGlobal):
-            return str(value)
-        if isinstance(value, datetime.date | datetime.time | datetime.timedelta | datetime.tzinfo):
-            return str(value)
-        if isinstance(value, slice | range):
-            return repr(value)
-        return value
 
 
 def _is_flat(tree: object) -> bool:

@@ -216,13 +216,14 @@ class _Rebuilding:
             role: [None] * len(entries) for role, entries in self._placement.components.items()
         }
         whole: dict[str, list[File]] = {}
-        mixed = ""
+        mixed = headed = ""
         for file in self._manifest.files:
             splices = self._splices(file.path)
             if splices is None:
                 whole.setdefault(self._digest(self._placement.files[file.path].blob), []).append(file)
                 continue
             mixed = mixed or ("" if self._head(file.path) else file.path)
+            headed = headed or ("" if file.component else file.path)  # a safetensors file of several components
             for splice in splices:
                 for position in range(splice.first, splice.first + splice.length):
                     owners[splice.role][position] = owners[splice.role][position] or file.path
@@ -236,9 +237,9 @@ class _Rebuilding:
             for position, path in enumerate(found):
                 near = path if path is not None and self._may_hold_more(path) else near
                 if path is None:
-                    if not near:
+                    if not near and not headed:
                         raise InvalidManifest(f"the tensor {position} of the {role} is in no file")
-                    found[position] = near
+                    found[position] = near or headed
         return owners
 
     def _may_hold_more(self, path: str) -> bool:

@@ -106,8 +106,8 @@ def external_placement(manifest: Manifest, layouts: Mapping[str, Layout], files:
     blobs: dict[str, str] = {}
     components: dict[str, dict[str, tuple[int, int]]] = {part.role: {} for part in manifest.components}
     for file in files:
-        if file.safetensors_head is None:
-            raise InvalidManifest(f"{file.path} is no safetensors file, so it cannot be left out; export it too")
+        if not file.can_be_external:
+            raise InvalidManifest(f"{file.path} is no safetensors file of a model alone, so it cannot be left out")
         blobs.setdefault(file.recorded.sha256, "external")
         position = list(blobs).index(file.recorded.sha256)
         for role, entries in file.entries.items():

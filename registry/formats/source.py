@@ -82,6 +82,13 @@ class TensorFile(ABC):
         """The first 8 + N bytes of a safetensors file, which can lie in the store as it is; None for other files."""
         return None
 
+    @property
+    def can_be_external(self) -> bool:
+        """Whether it can be recorded without its bytes: a safetensors file in which tensors have the names that they
+        have in their component, so that names, dtypes and shapes of its tensors are known without it."""
+        named = (one for entries in self.entries.values() for one in entries)
+        return self.safetensors_head is not None and all(self.layout.tensors[at].name == name for name, at in named)
+
     def pieces(self) -> Iterator[tuple[int, int] | int]:
         """The file from its begin to its end: (begin, end) of the skeleton, or the ordinal of a tensor."""
         done = 0
@@ -107,7 +114,8 @@ class TensorFile(ABC):
 
 
 class SafetensorsFile(TensorFile):
-    """A safetensors file: its header is the skeleton, and it carries one component or a part of one.
+    """A safetensors file: its header is the skeleton, and it carries one component or a part of one; a checkpoint of
+    several (formats.safetensors_tree) gets its `entries` later.
 
     Attributes:
         header: parsed.
@@ -198,17 +206,26 @@ class TensorFileInMemory(SafetensorsFile):
     A tensor's bytes are made when they are asked for, so that a model on an accelerator is never copied as a whole.
     """
 
-    def __init__(self, path: str, role: str, layout: Layout, tensors: Sequence[Callable[[], memoryview]]) -> None:
+    def __init__(
+        self,
+        path: str,
+        role: str,
+        layout: Layout,
+        tensors: Sequence[Callable[[], memoryview]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         """
         Args:
             tensors: for each tensor of the layout what gives its row-major little-endian bytes.
+            metadata: for the header, beside its `format`.
         """
-        head = build_header(layout, {"format": "pt"})
+        said = {"format": "pt", **(metadata or {})}
+        head = build_header(layout, said)
         offsets, position = [], 0
         for spec in layout:
             offsets.append((position, position + spec.nbytes))
             position += spec.nbytes
-        super().__init__(path, role, Header(layout, tuple(offsets), {"format": "pt"}, len(head)), head)
+        super().__init__(path, role, Header(layout, tuple(offsets), said, len(head)), head)
         self._tensors = tensors
 
     def tensor(self, ordinal: int) -> Iterator[memoryview]:

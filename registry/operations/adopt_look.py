@@ -151,7 +151,7 @@ def _look(source: Source, artifact: Artifact) -> Look:
         layouts=layouts if source.kind == "base" else {},
         step=step,
         epoch=epoch,
-        can_be_external=all(file.safetensors_head is not None for file in source.tensor_files),
+        can_be_external=all(file.can_be_external for file in source.tensor_files),
     )
 
 

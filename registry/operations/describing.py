@@ -151,12 +151,13 @@ def component_contents(files: Sequence[WrittenFile], data: Iterable[str]) -> dic
 
 
 def _carried(number: int, written: WrittenFile, components: Mapping[str, ComponentContent]) -> str | None:
-    """The component that a file is: a safetensors file whose tensors are all of it and nothing else."""
-    if written.file.safetensors_head is None or len(written.file.entries) != 1:
+    """The component that a file is: a safetensors file with all of its tensors under its names, and nothing else."""
+    roles = [role for role, named in written.file.entries.items() if named] or list(written.file.entries)
+    if written.file.safetensors_head is None or len(roles) != 1:
         return None
-    role = next(iter(written.file.entries))
     whole = tuple((number, ordinal) for ordinal in range(len(written.file.layout)))
-    return role if components[role].places == whole else None
+    content = components[roles[0]]
+    return roles[0] if content.places == whole and content.layout == written.file.layout else None
 
 
 def version_findings(

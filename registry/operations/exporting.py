@@ -186,10 +186,10 @@ def _placement_without_tensors(reference: str, manifest: Manifest, past: Past, b
     found = rebuilt(reference, manifest, past, blobs)
     files = [file for file in found.files if isinstance(file, RebuiltFile)]
     for file in files:
-        if file.safetensors_head is None:
+        if not file.can_be_external:
+            form = "no safetensors file" if file.safetensors_head is None else "a checkpoint with a state document"
             raise NotStored(
-                f"{file.path} of {reference} is no safetensors file, so its tensors cannot be left out; export without "
-                "--no-base"
+                f"{file.path} of {reference} is {form}, so its tensors cannot be left out; export without --no-base"
             )
     return external_placement(manifest, found.layouts, files)
 

@@ -25,6 +25,7 @@ from registry.core.manifest import Parent
 from registry.core.reference import parse_reference
 from registry.formats.origin import origin_of
 from registry.formats.source import Said, Source
+from registry.operations.architectures import add_architecture
 from registry.operations.context import Context, actor, now
 from registry.operations.deleting import finish_deleting
 from registry.operations.describing import Description, describe
@@ -101,6 +102,7 @@ def push(
         if request.external and opened.origin is None and isinstance(source, str | os.PathLike):
             opened.origin = origin_of(Path(source))
         _set_role(opened, kind)
+        add_architecture(opened, source)
         add_probe(opened, source, how.probe, how.adapter_name)
         environment = opened.environment or capture().to_json()
         for attempt in range(ATTEMPTS):

@@ -239,10 +239,11 @@ class _Writer:
     def external_file(self, written: WrittenFile) -> _FilePlace:
         """Takes note of a file without storing it."""
         file, digests = written.file, written.digests
-        if file.safetensors_head is None:
+        if not file.can_be_external:
+            form = "no safetensors file" if file.safetensors_head is None else "a checkpoint with a state document"
             raise InvalidInput(
-                f"{file.path} is no safetensors file, so it cannot be recorded as external; push it with its bytes, or "
-                "save it as safetensors"
+                f"{file.path} is {form}, so it cannot be recorded as external; push it with its bytes, or save its "
+                "model as safetensors"
             )
         blob = NewBlob(digests.sha256, file.size, file.layout, digests.tensors, self._index_all, external=True)
         position = self._add(StoredBlob(digests.sha256, file.size, created=False), "external", blob)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from registry import Registry
 from tests.cli.conftest import Run
 
 
@@ -126,3 +129,38 @@ def test_text_from_data_cannot_steer_a_terminal(run: Run, here: Path, artifacts:
     assert r"note    \x1b]0;title\x07\x9b31m" in page
     assert "markup  [red]x[/red]" in page
     assert run("show", "walk/evil", "--json").json["message"] == "one\ntwo \x1b[2J"
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = torch.nn.Linear(4, 4)
+        self.constructor_arguments = {"n_head": 4, "dropout": 0.0, "kernel": (3, 3), "act": "re\nlu", "best": math.inf}
+
+
+def test_how_a_model_was_built_is_told_on_one_line(run: Run, here: Path, tmp_path: Path) -> None:
+    with Registry.open() as registry:
+        registry.push(Net(), "walk/net", probe=False)
+        registry.push({"q_proj.weight": torch.ones(4, 4)}, "walk/later", base="walk/net")
+    name = f"{__name__}.Net"
+    line = f"class    {name}(act='re\\nlu', best=inf, dropout=0.0, kernel=(3, 3), n_head=4)"
+    for reference in ("walk/net", "walk/later"):
+        assert line in run("show", reference).out.splitlines()
+        assert run("show", reference, "--json").json["architecture"] == {
+            "class": name,
+            "arguments": {"act": "re\nlu", "best": "Infinity", "dropout": 0.0, "kernel": [3, 3], "n_head": 4},
+        }
+    assert run("show", "walk/perturb@1", "--json").json["architecture"] is None
+    assert "class " not in run("show", "walk/perturb@1").out
+
+
+def test_all_else_is_shown_where_the_architecture_is_damaged(run: Run, here: Path) -> None:
+    with Registry.open() as registry:
+        registry.push(Net(), "walk/net", probe=False)
+        (payload,) = (event.payload for event in registry.events("walk/net") if event.kind == "described")
+    blob = next((here.parent / "registry" / "blobs").rglob(payload["blobs"]["architecture"]))
+    blob.unlink()
+    ran = run("show", "walk/net")
+    assert "walk/net@1" in ran.out
+    assert "the architecture cannot be read: " in ran.err
+    assert run("show", "walk/net", "--json").json["architecture"] is None

@@ -209,7 +209,7 @@ REFUSED: dict[str, tuple[Any, type[RegistryError], str]] = {
     "an optimizer's own file": (
         {"state": {0: {"step": torch.ones(())}}, "param_groups": []},
         InvalidInput,
-        "holds no model, only an optimizer's state",
+        "holds no model, only optimizer",
     ),
     "a module as a whole": (nn.Linear(2, 2), InvalidInput, "an object of torch.nn.modules.linear.Linear; save the"),
     "modules as a whole": (
