@@ -1,0 +1,46 @@
+"""pdp's own refusals. They are part of the registry's error tree, so one `except RegistryError` catches all."""
+
+from __future__ import annotations
+
+import sys
+from typing import ClassVar
+
+from registry.core.errors import InvalidInput, RegistryError
+
+
+class ConfigError(InvalidInput):
+    """A configuration with an unknown key, a value of another type, or a name that is not in the tables."""
+
+
+class TargetsNotFound(InvalidInput):
+    """LoRA targets that name no linear layer of the model."""
+
+
+class CheckpointError(InvalidInput):
+    """A checkpoint that does not hold what was asked of it."""
+
+
+class TrainingDiverged(RegistryError, ArithmeticError):
+    """The loss or a gradient is not finite.
+
+    Attributes:
+        step: the step at which it was found; 0 is the first.
+    """
+
+    exit_code: ClassVar[int] = 10
+
+    def __init__(self, message: str, step: int) -> None:
+        self.step = step
+        super().__init__(message)
+
+
+class CheckpointWarning(UserWarning):
+    """What a lenient load let pass, in the words of the guide."""
+
+
+def user_level() -> int:
+    """`stacklevel` of whoever called pdp, for a warning of the function that asks."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pdp."):
+        level, frame = level + 1, frame.f_back
+    return level

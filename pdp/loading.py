@@ -1,0 +1,198 @@
+"""Putting a checkpoint's tensors into a live model: matched under the names of the bare network, checked as a whole,
+then copied. Lenient loads say in the guide's words what they let pass; a load of which nothing would land is always
+refused."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pdp.building import build_network
+from pdp.checkpoints import read_checkpoint
+from pdp.errors import CheckpointError, CheckpointWarning, user_level
+from pdp.state_names import by_network_name
+from registry.core.errors import Incompatible, InvalidInput
+from registry.core.findings import Finding
+from registry.core.tensor_names import is_adapter_tensor
+from registry.operations.copying import copy_into, differences
+
+MASK = "mask"
+"""The buffer of `causal_attn`: a function of its size. Older files hold it as numbers that are added."""
+
+
+def say(message: str) -> None:
+    """Warns whoever called pdp."""
+    warnings.warn(message, CheckpointWarning, stacklevel=user_level())
+
+
+def live_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A model's parameters and buffers under the names of the bare network."""
+    return by_network_name(model.state_dict(), type(model).__name__)
+
+
+def put(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    strict: bool,
+    what: str,
+    only_adapter: bool = False,
+    refused: Sequence[Finding] = (),
+    mismatch: Sequence[str] = (),
+) -> None:
+    """Copies tensors into a model.
+
+    Args:
+        tensors: under the names of the bare network; from the CPU, whatever device the model is on.
+        strict: refuse names that are missing or too many; else warn of them and load the rest. A shape that differs in
+            more than the rank of an adapter is refused in any case.
+        what: names the checkpoint in messages.
+        only_adapter: the tensors belong into the adapter of the model, and nothing of its base is changed or missed.
+        refused: what the caller found already.
+        mismatch: in which LoRA settings checkpoint and model differ, to be warned of.
+
+    Raises:
+        Incompatible: with all differences; the model is unchanged.
+    """
+    own = live_tensors(model)
+    targets = {name: one for name, one in own.items() if is_adapter_tensor(name)} if only_adapter else own
+    given = _with_mask_of(targets, tensors)
+    found = [*refused, *differences(targets, given)]
+    misfit = f"{what} does not fit this {type(model).__name__}"
+    lenient = {finding.subject for finding in found if _lets_pass(finding, targets, given)}
+    errors = [one for one in found if one.severity == "error" and (strict or one.subject not in lenient)]
+    if errors:
+        raise Incompatible(f"{misfit}; nothing was changed", errors)
+    fitting = {name: tensor for name, tensor in given.items() if name in targets and name not in lenient}
+    if not fitting:
+        raise Incompatible(f"{misfit}: none of its {len(given)} tensors does; nothing was changed", found)
+    if mismatch:
+        say(f"LoRA configuration mismatch! {what} and this model differ in {'; '.join(mismatch)}")
+    _say_differences(found)
+    copy_into(model, {name: targets[name] for name in fitting}, fitting, strict=True, what=what)
+
+
+def _lets_pass(finding: Finding, targets: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> bool:
+    if finding.code in ("C05", "C06"):
+        return True
+    name = finding.subject
+    if finding.code != "C08" or not is_adapter_tensor(name) or name not in given or name not in targets:
+        return False
+    # (r, in) or (out, r): the size that is no rank has to agree.
+    rank = 0 if name.endswith("lora_A.weight") else 1
+    here, there = targets[name].shape, given[name].shape
+    return len(here) == len(there) == 2 and here[1 - rank] == there[1 - rank]
+
+
+def _say_differences(found: Iterable[Finding]) -> None:
+    missing = sorted(one.subject for one in found if one.code == "C06")
+    unexpected = sorted(one.subject for one in found if one.code == "C05")
+    shapes = [one for one in found if one.code == "C08"]
+    if missing:
+        say(f"Missing keys: {missing}")
+    if unexpected:
+        say(f"Unexpected keys: {unexpected}")
+    if shapes:
+        first = shapes[0]
+        say(
+            f"Keys of another rank, left as they were: {sorted(one.subject for one in shapes)} (the first: expected "
+            f"{first.expected}, found {first.found})"
+        )
+
+
+def _with_mask_of(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, with the model's own mask in the place of an equal one of another kind."""
+    found = dict(tensors)
+    mine, others = targets.get(MASK), found.get(MASK)
+    if mine is not None and others is not None and mine.shape == others.shape and mine.dtype != others.dtype:
+        seen = others == 0 if others.is_floating_point() else others.bool()
+        if torch.equal(seen, mine.bool().cpu()):
+            found[MASK] = mine.detach().cpu()
+    return found
+
+
+def refused_arguments(differing: Iterable[str]) -> list[Finding]:
+    """Constructor arguments that differ, as findings: no shape may show them, so nothing lenient lets them pass."""
+    return [
+        Finding("C08", "error", text.partition(":")[0], text.partition(": ")[2], mend="build the model as it was")
+        for text in differing
+    ]
+
+
+def check_optimizer_state(optimizer: Any, state: Any, what: str) -> None:
+    """Looks whether an optimizer's state is of its parameters, which torch does not.
+
+    Raises:
+        Incompatible: groups or shapes differ.
+        InvalidInput: no state of an optimizer.
+    """
+    if not isinstance(state, Mapping) or not {"state", "param_groups"} <= set(state):
+        raise InvalidInput(f"{what} holds no state of an optimizer; load with load_optimizer=False")
+    mine = [group["params"] for group in optimizer.param_groups]
+    others = [group["params"] for group in state["param_groups"]]
+    sizes = [len(one) for one in mine], [len(one) for one in others]
+    mend = "make the optimizer with get_optim_groups of the same model, or load with load_optimizer=False"
+    if sizes[0] != sizes[1]:
+        finding = Finding("C08", "error", "optimizer", "parameters a group differ", str(sizes[0]), str(sizes[1]), mend)
+        raise Incompatible(f"the optimizer of {what} is of other parameters; nothing was changed", [finding])
+    wrong = []
+    for parameters, keys in zip(mine, others, strict=True):
+        for parameter, key in zip(parameters, keys, strict=True):
+            for name, value in (state["state"].get(key) or {}).items():
+                if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                    subject, expected, found = f"{name} of parameter {key}", tuple(parameter.shape), tuple(value.shape)
+                    wrong.append(Finding("C08", "error", subject, "the shapes differ", str(expected), str(found), mend))
+    if wrong:
+        raise Incompatible(f"the optimizer of {what} is of other parameters; nothing was changed", wrong)
+
+
+def load_optimizer_state(optimizer: Any, state: Any) -> None:
+    """`optimizer.load_state_dict` with a copy, after `check_optimizer_state`."""
+    # torch keeps the very tensors of the state where the device agrees, and training then writes to them.
+    optimizer.load_state_dict(_copied(state))
+
+
+def _copied(tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.clone()
+    if isinstance(tree, Mapping):
+        return {key: _copied(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_copied(value) for value in tree)
+    return tree
+
+
+def load_network(
+    path: str | os.PathLike[str],
+    *,
+    classes: Iterable[type[nn.Module]] = (),
+    use_ema: bool = False,
+    registry: Any = None,
+) -> nn.Module:
+    """A plain network, made and filled from a file or a version that has no LoRA in it: a base, a merged model, a
+    workspace's checkpoint.
+
+    Args:
+        classes: classes of networks beside pdp's own that the checkpoint may name.
+        use_ema: take the moving average of the weights.
+
+    Returns:
+        The network in eval mode, on the CPU.
+
+    Raises:
+        CheckpointError: it holds a LoRA, or it is of a class that is not in the table.
+        InvalidInput: a torn file, or one that would run code; NotFound, Incompatible
+    """
+    checkpoint = read_checkpoint(path, registry)
+    if checkpoint.adapter:
+        raise CheckpointError(
+            f"{checkpoint.what} holds a LoRA; load it with LoraTransformerForDiffusion.from_checkpoint"
+        )
+    network = build_network(checkpoint, classes)
+    put(network, checkpoint.averaged if use_ema else checkpoint.network, strict=True, what=checkpoint.what)
+    return network.eval()

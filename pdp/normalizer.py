@@ -1,0 +1,176 @@
+"""Linear normalisation of observations and actions, one scale and offset a dimension, fitted on data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from registry.core.errors import InvalidInput
+from registry.core.reference import shown
+
+MODES = ("limits", "gaussian")
+STATISTICS = ("min", "max", "mean", "std")
+
+
+class LinearNormalizer(nn.Module):
+    """`normalized = x * scale + offset`, for each key of a dict of tensors.
+
+    Attributes:
+        params_dict: by key: `scale` (dim,), `offset` (dim,), and `input_stats` with `min`, `max`, `mean`, `std`, each
+            (dim,). They do not train, and are part of the state dict.
+
+    Source: the formulas of Chi et al. 2023, Diffusion Policy.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.params_dict = nn.ParameterDict()
+
+    @property
+    def is_fitted(self) -> bool:
+        return len(self.params_dict) > 0
+
+    def fit(
+        self,
+        data: Mapping[str, Any],
+        mode: str = "limits",
+        output_max: float = 1.0,
+        output_min: float = -1.0,
+        range_eps: float = 1e-4,
+        fit_offset: bool = True,
+    ) -> None:
+        """Fits scale and offset of each key; what was fitted before is replaced.
+
+        Args:
+            data: by key (..., dim), tensors or arrays.
+            mode: `limits` maps each dimension's range onto [output_min, output_max], `gaussian` to mean 0 and
+            deviation 1.
+            range_eps: a dimension that varies less is not scaled: `limits` maps it to the middle of the output.
+            fit_offset: False scales about 0 alone.
+
+        Raises:
+            InvalidInput: an unknown mode, or data that are empty or not finite; nothing is changed.
+        """
+        if mode not in MODES:
+            raise InvalidInput(f"mode is {shown(repr(mode))}; expected one of {', '.join(MODES)}")
+        if not output_max > output_min or not range_eps >= 0:
+            raise InvalidInput(
+                f"output_min {output_min}, output_max {output_max}, range_eps {range_eps}: expected min < max and eps "
+                ">= 0"
+            )
+        if not data:
+            raise InvalidInput("there is nothing to fit a normaliser on; give {'obs': ..., 'action': ...}")
+        options = (mode, output_max, output_min, range_eps, fit_offset)
+        fitted = {str(key): _fit(str(key), values, *options) for key, values in data.items()}
+        self.params_dict = nn.ParameterDict({key: _parameters(entry) for key, entry in fitted.items()})
+
+    def normalize(self, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each tensor (..., dim) in units of the network, in float32.
+
+        Raises:
+            InvalidInput: a key that was not fitted, or another dim.
+        """
+        found = {}
+        for key, x in data.items():
+            scale, offset = self._of(key, x)
+            found[key] = x.to(scale.dtype) * scale + offset
+        return found
+
+    def unnormalize(self, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each tensor (..., dim) in units of the data, in float32; errors as for `normalize`."""
+        found = {}
+        for key, x in data.items():
+            scale, offset = self._of(key, x)
+            found[key] = (x.to(scale.dtype) - offset) / scale
+        return found
+
+    def forward(self, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.normalize(data)
+
+    def _of(self, key: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        if key not in self.params_dict:
+            known = ", ".join(self.params_dict.keys()) or "nothing"
+            raise InvalidInput(f"the normaliser was not fitted on {shown(str(key))}; it knows {known}")
+        entry: Any = self.params_dict[key]
+        if not x.dim() or x.shape[-1] != entry["scale"].shape[0]:
+            raise InvalidInput(
+                f"{shown(key)}: expected (..., {entry['scale'].shape[0]}) as the normaliser was fitted, found "
+                f"{tuple(x.shape)}"
+            )
+        return entry["scale"], entry["offset"]
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """Makes the entries that the state dict has: how many keys there are is known from it alone."""
+        start = f"{prefix}params_dict."
+        entries: dict[str, dict[str, Any]] = {}
+        for name, tensor in state_dict.items():
+            if not name.startswith(start):
+                continue
+            key, _, part = name.removeprefix(start).partition(".")
+            entries.setdefault(key, {})[part] = tensor
+        wanted = {"scale", "offset", *(f"input_stats.{one}" for one in STATISTICS)}
+        made = {}
+        for key, parts in entries.items():
+            sizes = {tuple(one.shape) for one in parts.values()}
+            if parts.keys() != wanted or len(sizes) != 1 or len(next(iter(sizes))) != 1:
+                odd = ", ".join(sorted(parts.keys() ^ wanted)) or f"sizes {sorted(sizes)}"
+                raise InvalidInput(f"the state of the normaliser's {shown(key)} is not one: {shown(odd, 200)}")
+            stats = {one: parts[f"input_stats.{one}"] for one in STATISTICS}
+            made[key] = _parameters({"scale": parts["scale"], "offset": parts["offset"], "input_stats": stats})
+        if made:
+            device = next((one.device for one in self.parameters()), None)
+            self.params_dict = nn.ParameterDict(made)
+            if device is not None:
+                self.params_dict.to(device)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _parameters(entry: Mapping[str, Any]) -> nn.ParameterDict:
+    return nn.ParameterDict(
+        {
+            name: _parameters(one)
+            if isinstance(one, Mapping)
+            else nn.Parameter(one.detach().clone(), requires_grad=False)
+            for name, one in entry.items()
+        }
+    )
+
+
+def _fit(
+    key: str, values: Any, mode: str, output_max: float, output_min: float, range_eps: float, fit_offset: bool
+) -> dict[str, Any]:
+    x = torch.as_tensor(values).detach()
+    if x.dim() < 2 or not x.numel():
+        raise InvalidInput(f"{shown(key)}: expected data of the form (..., dim), found {tuple(x.shape)}")
+    x = x.reshape(-1, x.shape[-1]).to("cpu", torch.float32)
+    bad = (~x.isfinite()).any(dim=1)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise InvalidInput(f"{shown(key)}: row {row} has values that are not finite ({x[row].tolist()}); take them out")
+    low, high = x.amin(dim=0), x.amax(dim=0)
+    mean, std = x.mean(dim=0), x.std(dim=0, unbiased=False)
+    stats = {"min": low, "max": high, "mean": mean, "std": std}
+    if mode == "limits":
+        if fit_offset:
+            width = high - low
+            flat = width < range_eps
+            scale = (output_max - output_min) / torch.where(
+                flat, torch.full_like(width, output_max - output_min), width
+            )
+            middle = torch.full_like(low, (output_max + output_min) / 2) - low * scale
+            offset = torch.where(flat, middle, output_min - scale * low)
+        else:
+            reach, size = min(output_max, -output_min), torch.maximum(low.abs(), high.abs())
+            if reach <= 0:
+                raise InvalidInput(
+                    f"output_min {output_min} and output_max {output_max} must lie around 0 without an offset"
+                )
+            scale = reach / torch.where(size < range_eps, torch.full_like(size, reach), size)
+            offset = torch.zeros_like(scale)
+    else:
+        scale = 1 / torch.where(std < range_eps, torch.ones_like(std), std)
+        offset = -mean * scale if fit_offset else torch.zeros_like(scale)
+    return {"scale": scale, "offset": offset, "input_stats": stats}

@@ -1,0 +1,161 @@
+"""The policy around a network: noise in, actions out. Schedulers are diffusers' own; observations and actions are
+normalised on the way in and back on the way out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pdp.normalizer import LinearNormalizer
+from registry.core.errors import InvalidInput
+from registry.core.reference import shown
+
+PREDICTIONS = ("epsilon", "sample")
+
+
+class DiffusionPolicy(nn.Module):
+    """Predicts a stretch of actions from the last observations, by denoising.
+
+    Args:
+        model: a QKVTransformerForDiffusion, a LoraTransformerForDiffusion, or a network of the same form:
+            `forward(sample, timestep, cond)`, with obs_dim, input_dim, output_dim, T_obs and T_action.
+        noise_scheduler: diffusers' DDPMScheduler or DDIMScheduler, with the prediction type `epsilon` or `sample`.
+        num_inference_steps: denoising steps of `predict_action`; all of the scheduler's by default.
+
+    Attributes:
+        T_range: steps of one training window, T_obs + T_action - 1: the first action belongs to the last observation.
+
+    Raises:
+        InvalidInput: another prediction type, or a network that conditions on past actions.
+    """
+
+    def __init__(self, model: nn.Module, noise_scheduler: Any, num_inference_steps: int | None = None) -> None:
+        super().__init__()
+        prediction = noise_scheduler.config.prediction_type
+        if prediction not in PREDICTIONS:
+            raise InvalidInput(
+                f"prediction_type is {shown(repr(prediction))}; expected one of {', '.join(PREDICTIONS)}"
+            )
+        if getattr(model, "past_action_visible", False):
+            raise InvalidInput(
+                "past_action_visible=True: this policy does not condition on past actions; set it to False"
+            )
+        steps = noise_scheduler.config.num_train_timesteps
+        if num_inference_steps is not None and not 1 <= num_inference_steps <= steps:
+            raise InvalidInput(
+                f"num_inference_steps is {num_inference_steps}; expected 1 to {steps}, the training steps"
+            )
+        self.model = model
+        self.noise_scheduler = noise_scheduler
+        self.num_inference_steps = num_inference_steps or steps
+        self.normalizer = LinearNormalizer()
+        self.obs_dim, self.action_dim = int(model.obs_dim), int(model.output_dim)  # type: ignore[arg-type]
+        self.T_obs, self.T_action = int(model.T_obs), int(model.T_action)  # type: ignore[arg-type]
+        self.T_range = self.T_obs + self.T_action - 1
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint_path: str | os.PathLike[str],
+        base_model_path: str | os.PathLike[str] | None = None,
+        *,
+        use_ema: bool | None = None,
+        registry: Any = None,
+        **options: Any,
+    ) -> DiffusionPolicy:
+        """A policy of a workspace's checkpoint, ready to act: network, LoRA, normaliser and noise scheduler.
+
+        Args:
+            base_model_path: of an adapter alone: the checkpoint that it was trained from, which has all the rest.
+            use_ema: take the moving average of the weights; None: where there is one.
+            options: `classes` as for `LoraTransformerForDiffusion.from_checkpoint`, `num_inference_steps`.
+
+        Raises:
+            CheckpointError: the checkpoint has no normaliser or no noise scheduler.
+        """
+        from pdp.policy_loading import load_policy
+
+        return load_policy(cls, checkpoint_path, base_model_path, use_ema=use_ema, registry=registry, **options)
+
+    def set_normalizer(self, normalizer: LinearNormalizer) -> None:
+        """Takes a copy of a normaliser that was fitted on `obs` and `action`.
+
+        Raises:
+            InvalidInput: it is not, or on other sizes than the network's.
+        """
+        if not normalizer.is_fitted:
+            raise InvalidInput("the normaliser is not fitted; call fit({'obs': ..., 'action': ...}) first")
+        for key, size in (("obs", self.obs_dim), ("action", self.action_dim)):
+            scale = normalizer.state_dict().get(f"params_dict.{key}.scale")
+            found = None if scale is None else scale.numel()
+            if found != size:
+                raise InvalidInput(
+                    f"the normaliser's {key} has {'no' if found is None else found} dimensions, the network {size}: "
+                    "fit it on the data of this network"
+                )
+        self.normalizer.load_state_dict(normalizer.state_dict())
+        self.normalizer.to(next(self.model.parameters()).device)
+
+    def compute_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Mean squared error of one random denoising step for each sample.
+
+        Args:
+            batch: `obs` (B, T_obs, obs_dim) and `action` (B, T_action, action_dim), not normalised.
+
+        Returns:
+            A 0-d tensor. Noise and steps come from torch's global generator of the device.
+
+        Raises:
+            InvalidInput: a key is missing or of another shape, or the normaliser is not fitted.
+        """
+        self._check(batch, {"obs": (self.T_obs, self.obs_dim), "action": (self.T_action, self.action_dim)})
+        normal = self.normalizer.normalize({"obs": batch["obs"], "action": batch["action"]})
+        clean = normal["action"]
+        noise = torch.randn_like(clean)
+        steps = torch.randint(0, self.noise_scheduler.config.num_train_timesteps, (len(clean),), device=clean.device)
+        noisy = self.noise_scheduler.add_noise(clean, noise, steps)
+        predicted = self.model(noisy, steps, normal["obs"])
+        target = noise if self.noise_scheduler.config.prediction_type == "epsilon" else clean
+        return F.mse_loss(predicted.float(), target.float())
+
+    @torch.no_grad()
+    def predict_action(
+        self, obs_dict: Mapping[str, Tensor], *, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Denoises actions for the last observations.
+
+        Args:
+            obs_dict: `obs` (B, T_obs, obs_dim), not normalised, on any device.
+            generator: of the noise, on the network's device; torch's global one by default.
+
+        Returns:
+            `action` (B, T_action, action_dim) in the data's own units, on the network's device.
+
+        Raises:
+            InvalidInput: `obs` is missing or of another shape, or the normaliser is not fitted.
+        """
+        self._check(obs_dict, {"obs": (self.T_obs, self.obs_dim)})
+        parameter = next(self.model.parameters())
+        obs = self.normalizer.normalize({"obs": obs_dict["obs"].to(parameter.device)})["obs"].to(parameter.dtype)
+        shape = (len(obs), self.T_action, self.action_dim)
+        sample = torch.randn(shape, generator=generator, device=obs.device, dtype=obs.dtype)
+        self.noise_scheduler.set_timesteps(self.num_inference_steps)
+        for step in self.noise_scheduler.timesteps:
+            predicted = self.model(sample, step, obs)
+            sample = self.noise_scheduler.step(predicted, step, sample, generator=generator).prev_sample
+        return {"action": self.normalizer.unnormalize({"action": sample.float()})["action"]}
+
+    def _check(self, given: Mapping[str, Any], expected: Mapping[str, tuple[int, int]]) -> None:
+        if not self.normalizer.is_fitted:
+            raise InvalidInput("the policy has no normaliser yet; call set_normalizer with one that is fitted")
+        for key, sizes in expected.items():
+            tensor = given.get(key)
+            if not isinstance(tensor, Tensor):
+                raise InvalidInput(f"{key} is missing; found {', '.join(map(str, given)) or 'nothing'}")
+            if tensor.dim() != 3 or tuple(tensor.shape[1:]) != sizes:
+                raise InvalidInput(f"{key}: expected (B, {sizes[0]}, {sizes[1]}), found {tuple(tensor.shape)}")

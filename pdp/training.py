@@ -1,0 +1,437 @@
+"""The training loop. What it does at a step is a function of the configuration, the data, the step's number and the
+state that a checkpoint holds, so that a run that stops and goes on is, on the CPU, bit for bit the run that never
+stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pdp.checkpoints import Checkpoint
+from pdp.data import SequenceDataset
+from pdp.errors import ConfigError, TrainingDiverged
+from pdp.files import write_file
+from pdp.loading import say
+from pdp.normalizer import LinearNormalizer
+from pdp.policy import DiffusionPolicy
+from pdp.random_state import restore_random_state
+from pdp.sampler import ResumableSampler
+
+with warnings.catch_warnings():
+    # diffusers looks for optional packages on import, and some of them warn.
+    warnings.simplefilter("ignore")
+    from diffusers.optimization import SchedulerType, get_scheduler
+
+if TYPE_CHECKING:
+    from pdp.workspace import DiffusionPolicyWorkspace
+
+
+class Trainer:
+    """Trains a workspace's policy.
+
+    Attributes:
+        scheduler: of the learning rate; None until the data say how long training is.
+    """
+
+    def __init__(self, workspace: DiffusionPolicyWorkspace) -> None:
+        self.workspace = workspace
+        self.scheduler: Any = None
+        self._data: SequenceDataset | None = None
+        self._loader: DataLoader[Any] | None = None
+        self._sampler: ResumableSampler | None = None
+        self._restored: dict[str, Any] = {}
+        self._loss_sum, self._loss_count = 0.0, 0
+
+    # ------------------------------------------------------------ what a checkpoint holds of it
+
+    def scheduler_state(self) -> Any:
+        """The learning-rate schedule's state dict; None where there is none yet."""
+        return self.scheduler.state_dict() if self.scheduler is not None else self._restored.get("scheduler")
+
+    def state(self) -> dict[str, Any]:
+        """What the order of data and the mean loss of the epoch go on from."""
+        found: dict[str, Any] = {"epoch_loss": {"sum": self._loss_sum, "count": self._loss_count}}
+        if self._data is not None and self._sampler is not None:
+            loader = self.workspace.cfg.dataloader
+            found["data_order"] = {
+                "fingerprint": self._data.fingerprint,
+                "windows": len(self._data),
+                "batch_size": loader.batch_size,
+                "shuffle": loader.shuffle,
+                "drop_last": loader.drop_last,
+                "seed": self.workspace.cfg.training.seed,
+                "batches": len(self._sampler),
+            }
+        elif "data_order" in self._restored:
+            found["data_order"] = self._restored["data_order"]
+        return found
+
+    def restore(self, checkpoint: Checkpoint, wanted: set[str]) -> None:
+        """Takes over what the next `run` is to go on from."""
+        self._restored = {"what": checkpoint.what}
+        for key in ("scheduler", "rng"):
+            if key in wanted and key in checkpoint.roles:
+                self._restored[key] = checkpoint.state(key)
+        if "data_order" in checkpoint.training:
+            self._restored["data_order"] = checkpoint.training["data_order"]
+        so_far = checkpoint.training.get("epoch_loss") or {"sum": 0.0, "count": 0}
+        self._loss_sum, self._loss_count = float(so_far["sum"]), int(so_far["count"])
+        self.scheduler = None
+
+    # ------------------------------------------------------------ preparation
+
+    def prepare(self) -> None:
+        """Opens the data and plans the learning rates.
+
+        Raises:
+            DatasetError, ConfigError: data of other sizes than the network's.
+        """
+        if self._loader is None:
+            self._open_data()
+        if self.scheduler is None:
+            self._plan()
+
+    def _open_data(self) -> None:
+        cfg, workspace = self.workspace.cfg, self.workspace
+        policy = workspace.policy
+        if "dataset" not in cfg or "path" not in cfg.dataset or cfg.dataset.get("path") is None:
+            raise ConfigError(
+                "dataset.path is not set; give a zarr folder or HDF5 file with obs, action and episode_ends"
+            )
+        data = self._dataset("train")
+        for key, here, there in (
+            ("obs_dim", data.obs_dim, policy.obs_dim),
+            ("action_dim (output_dim)", data.action_dim, policy.action_dim),
+        ):
+            if here != there:
+                raise ConfigError(
+                    f"{key}: the data set {cfg.dataset.path} has {here}, policy.model {there}; make the two equal"
+                )
+        if not policy.normalizer.is_fitted:
+            normalizer = LinearNormalizer()
+            normalizer.fit(data.tensors())
+            policy.set_normalizer(normalizer)
+        loader = cfg.dataloader
+        self._sampler = ResumableSampler(
+            len(data),
+            batch_size=loader.batch_size,
+            seed=cfg.training.seed,
+            shuffle=loader.shuffle,
+            drop_last=loader.drop_last,
+        )
+        if not len(self._sampler):
+            raise ConfigError(
+                f"dataloader.batch_size is {loader.batch_size} with drop_last, the data set has {len(data)} windows: "
+                "there is no batch"
+            )
+        self._loader = self._make_loader(data, loader, self._sampler)
+        self._data = data
+        self._check_same_data()
+
+    def _dataset(self, split: str) -> SequenceDataset:
+        section, policy = self.workspace.cfg.dataset, self.workspace.policy
+        return SequenceDataset(
+            section.path, policy.T_obs, policy.T_action, split=split, val_ratio=section.val_ratio, seed=section.seed
+        )
+
+    def _make_loader(self, data: SequenceDataset, section: Any, sampler: ResumableSampler) -> DataLoader[Any]:
+        return DataLoader(
+            data,
+            batch_sampler=sampler,
+            num_workers=section.num_workers,
+            pin_memory=section.pin_memory and self.workspace.device.type == "cuda",
+            persistent_workers=section.persistent_workers and section.num_workers > 0,
+            # Its own: each pass of a loader draws a seed for workers, and the global generators are the training's.
+            generator=torch.Generator().manual_seed(self.workspace.cfg.training.seed),
+        )
+
+    def _check_same_data(self) -> None:
+        before, now = self._restored.get("data_order"), self.state().get("data_order")
+        if isinstance(before, Mapping) and now is not None and dict(before) != now:
+            changed = [
+                f"{key}: {before.get(key)} before, {value} now"
+                for key, value in now.items()
+                if before.get(key) != value
+            ]
+            say(f"training does not go on exactly as it was in {self._restored['what']}: {'; '.join(changed)}")
+
+    @property
+    def batches(self) -> int:
+        """Steps of one epoch."""
+        assert self._sampler is not None
+        return len(self._sampler)
+
+    @property
+    def planned_steps(self) -> int:
+        """Gradient steps of the whole training."""
+        training = self.workspace.cfg.training
+        return int(training.max_steps or training.num_epochs * self.batches)
+
+    def _plan(self) -> None:
+        training, optimizer = self.workspace.cfg.training, self.workspace.optimizer
+        known = [one.value for one in SchedulerType if one.value != "piecewise_constant"]
+        if training.lr_scheduler not in known:
+            raise ConfigError(f"training.lr_scheduler is {training.lr_scheduler!r}; expected one of {', '.join(known)}")
+        restored = self._restored.pop("scheduler", None)
+        if restored is None and self.workspace.global_step:
+            say("the checkpoint holds no state of the learning-rate schedule; it begins anew")
+        # A schedule starts at the optimizer's present rate, so that is the configured one for a moment.
+        for group in optimizer.param_groups:
+            group["lr"] = self.workspace.cfg.optimizer.lr
+            group.pop("initial_lr", None)
+        self.scheduler = get_scheduler(
+            training.lr_scheduler,
+            optimizer=optimizer,
+            num_warmup_steps=training.lr_warmup_steps,
+            num_training_steps=self.planned_steps,
+        )
+        if restored is not None:
+            self.scheduler.load_state_dict(restored)
+            for group, rate in zip(optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
+
+    # ------------------------------------------------------------ the loop
+
+    def run(self, until_step: int | None = None) -> dict[str, float]:
+        """See `DiffusionPolicyWorkspace.run`."""
+        workspace, cfg = self.workspace, self.workspace.cfg
+        workspace.saver.join()
+        self._resume_where_asked()
+        self.prepare()
+        end = self.planned_steps if until_step is None else min(until_step, self.planned_steps)
+        rng = self._restored.pop("rng", None)
+        if rng is not None:
+            restore_random_state(rng, self._restored.get("what", "the checkpoint"))
+        workspace.policy.train()
+        saved_at: int | None = None
+        with ExitStack() as stack:
+            stack.callback(workspace.saver.join)
+            log = stack.enter_context(
+                MetricsFile(workspace.output_dir / cfg.logging.metrics_file, workspace.global_step)
+            )
+            show = stack.enter_context(progress_bar(end, workspace.global_step, on=cfg.logging.progress))
+            while workspace.global_step < end:
+                for batch in self._batches():
+                    values = self._step(batch)
+                    workspace.global_step += 1
+                    if workspace.global_step % cfg.logging.log_every == 0:
+                        log.write({"global_step": workspace.global_step, "epoch": workspace.epoch, **values})
+                    show(workspace.global_step, values["train_loss"])
+                    if workspace.global_step >= end:
+                        break
+                if workspace.global_step % self.batches == 0:
+                    saved_at = self._end_of_epoch(log)
+            if saved_at != workspace.global_step:
+                workspace.save_checkpoint(use_thread=False)
+        if workspace.global_step >= self.planned_steps or until_step is not None:
+            self._push()
+        return dict(workspace.metrics)
+
+    def _resume_where_asked(self) -> None:
+        workspace, resume = self.workspace, self.workspace.cfg.training.resume
+        if not resume or workspace.global_step:
+            return
+        if resume is not True:
+            workspace.load_checkpoint(str(resume))
+        elif os.path.exists(workspace.get_checkpoint_path()):
+            workspace.load_checkpoint()
+
+    def _batches(self) -> Iterator[Mapping[str, Tensor]]:
+        """The rest of this epoch's batches."""
+        assert self._sampler is not None
+        assert self._loader is not None
+        workspace = self.workspace
+        workspace.epoch, batch = divmod(workspace.global_step, self.batches)
+        self._sampler.set_position(workspace.epoch, batch)
+        yield from self._loader
+
+    def _step(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
+        workspace, training = self.workspace, self.workspace.cfg.training
+        moved = {key: tensor.to(workspace.device, non_blocking=True) for key, tensor in batch.items()}
+        with self._autocast():
+            loss = workspace.policy.compute_loss(moved)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise self._diverged(f"the loss is {value}")
+        workspace.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        trained = [one for group in workspace.optimizer.param_groups for one in group["params"]]
+        limit = math.inf if training.max_grad_norm is None else training.max_grad_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(trained, limit))
+        if not math.isfinite(norm):
+            raise self._diverged(f"the norm of the gradient is {norm}")
+        workspace.optimizer.step()
+        rate = float(self.scheduler.get_last_lr()[0])
+        self.scheduler.step()
+        if workspace.ema is not None:
+            workspace.ema.step(workspace.policy.model)
+        self._loss_sum, self._loss_count = self._loss_sum + value, self._loss_count + 1
+        workspace.metrics["train_loss"] = value
+        return {"train_loss": value, "lr": rate, "grad_norm": norm}
+
+    def _autocast(self) -> Any:
+        on = self.workspace.device.type == "cuda" and self.workspace.cfg.training.bf16
+        return torch.autocast(self.workspace.device.type, dtype=torch.bfloat16, enabled=on)
+
+    def _diverged(self, why: str) -> TrainingDiverged:
+        workspace = self.workspace
+        latest = workspace.get_checkpoint_path()
+        kept = f"the last good checkpoint is {latest}" if os.path.exists(latest) else "no checkpoint was saved before"
+        return TrainingDiverged(
+            f"{why} at step {workspace.global_step} (epoch {workspace.epoch}): training stopped, nothing of it was "
+            f"saved, and {kept}. Lower optimizer.lr, or look for what the data holds there",
+            workspace.global_step,
+        )
+
+    # ------------------------------------------------------------ at the end of an epoch
+
+    def _end_of_epoch(self, log: MetricsFile) -> int | None:
+        """Evaluates and saves where it is due; the step that was saved."""
+        workspace, training = self.workspace, self.workspace.cfg.training
+        done = workspace.global_step // self.batches
+        workspace.epoch = done
+        found = {"train_loss": self._loss_sum / max(self._loss_count, 1)}
+        self._loss_sum, self._loss_count = 0.0, 0
+        if _is_due(training.val_every, done) and workspace.cfg.dataset.val_ratio:
+            found["val_loss"] = self._validate()
+        if _is_due(training.rollout_every, done) and workspace.rollout is not None:
+            with _untouched_generators():
+                found |= {str(key): float(value) for key, value in workspace.rollout(self._acting()).items()}
+        workspace.metrics |= found
+        log.write({"global_step": workspace.global_step, "epoch": done, "end_of_epoch": True, **found})
+        if not _is_due(training.save_checkpoint_every, done):
+            return None
+        workspace.saver.join()
+        best = workspace.topk.get_ckpt_path({**workspace.metrics, "epoch": done, "global_step": workspace.global_step})
+        if best is not None:
+            workspace.save_checkpoint(best, use_thread=False)
+            workspace.topk.prune()
+        workspace.save_checkpoint()
+        return workspace.global_step
+
+    def _acting(self) -> DiffusionPolicy:
+        """The policy that is evaluated: of the averaged weights, where there are any."""
+        workspace = self.workspace
+        if workspace.ema is None:
+            return workspace.policy
+        acting = DiffusionPolicy(
+            workspace.ema.averaged_model, workspace.policy.noise_scheduler, workspace.policy.num_inference_steps
+        )
+        acting.set_normalizer(workspace.policy.normalizer)
+        return acting.eval()
+
+    @torch.no_grad()
+    def _validate(self) -> float:
+        """Mean loss over the validation episodes, with the same noise each time."""
+        data = self._dataset("val")
+        section = self.workspace.cfg.val_dataloader
+        sampler = ResumableSampler(
+            len(data), batch_size=section.batch_size, seed=0, shuffle=section.shuffle, drop_last=section.drop_last
+        )
+        policy = self._acting()
+        was_training = policy.training
+        policy.eval()
+        total, count = 0.0, 0
+        with _untouched_generators():
+            torch.manual_seed(self.workspace.cfg.training.seed)
+            for batch in self._make_loader(data, section, sampler):
+                moved = {key: tensor.to(self.workspace.device) for key, tensor in batch.items()}
+                with self._autocast():
+                    total += float(policy.compute_loss(moved)) * len(moved["obs"])
+                count += len(moved["obs"])
+        policy.train(was_training)
+        return total / max(count, 1)
+
+    def _push(self) -> None:
+        workspace, section = self.workspace, self.workspace.cfg.registry
+        if section.push is not None:
+            workspace.save_checkpoint(section.push, use_thread=False)
+        if section.push_policy is not None:
+            workspace.save_policy(section.push_policy)
+        if section.push_adapter is not None:
+            workspace.save_adapter(section.push_adapter)
+
+
+def _is_due(every: int, done: int) -> bool:
+    return every > 0 and done % every == 0
+
+
+@contextmanager
+def _untouched_generators() -> Iterator[None]:
+    """Whatever is drawn within changes nothing of what is drawn after it."""
+    from pdp.random_state import random_state
+
+    before = random_state()
+    try:
+        yield
+    finally:
+        restore_random_state(before, "the training")
+
+
+class MetricsFile:
+    """One JSON object a line. Lines beyond the step at which a run goes on are dropped: they are made again."""
+
+    def __init__(self, path: Path, global_step: int) -> None:
+        self._path = path
+        self._step = global_step
+        self._file: Any = None
+
+    def __enter__(self) -> MetricsFile:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self._path.exists():
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) <= self._step] if self._step else []
+            text = "".join(f"{line}\n" for line in kept).encode("utf-8")
+            write_file(self._path, lambda file: file.write(text))
+        self._file = open(self._path, "a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        plain = {
+            key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+        self._file.write(json.dumps(plain) + "\n")
+        self._file.flush()
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["global_step"])
+    except (ValueError, KeyError, TypeError):
+        return sys.maxsize  # half a line of a run that was killed
+
+
+@contextmanager
+def progress_bar(end: int, begin: int, *, on: bool) -> Iterator[Any]:
+    """A function that is told the step and the loss; a bar on standard error where that is a terminal."""
+    if not on or not sys.stderr.isatty():
+        yield lambda step, loss: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("training", total=end, completed=begin, loss="")
+        yield lambda step, loss: bar.update(task, completed=step, loss=f"loss {loss:.4g}")

@@ -1,0 +1,1 @@
+"""Functions around LoRA models, under the path that the guide gives them."""

@@ -1,0 +1,221 @@
+"""Data sets: windows, splits, and every way in which one can be broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy
+import pytest
+import torch
+import zarr
+
+from pdp.data import DatasetError, SequenceDataset, write_dataset
+from registry.core.errors import InvalidInput, SourceNotFound
+from tests.pdp.datasets import synthetic, write_synthetic
+
+SUFFIXES = [".zarr", ".h5"]
+COUNTING = {
+    "obs": numpy.arange(10, dtype=numpy.float32)[:, None],
+    "action": 100 + numpy.arange(10, dtype=numpy.float32)[:, None],
+    "episode_ends": [4, 10],
+}
+
+
+def window(data: SequenceDataset, index: int) -> tuple[list[float], list[float]]:
+    item = data[index]
+    return item["obs"].flatten().tolist(), item["action"].flatten().tolist()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_step_is_the_last_observation_of_one_window_within_its_episode(suffix: str, tmp_path: Path) -> None:
+    data = SequenceDataset(write_dataset(tmp_path / f"d{suffix}", **COUNTING), T_obs=3, T_action=2)
+    assert (len(data), data.episode_count, data.obs_dim, data.action_dim) == (10, 2, 1, 1)
+    assert window(data, 0) == ([0, 0, 0], [100, 101])  # the first step is repeated before the episode
+    assert window(data, 2) == ([0, 1, 2], [102, 103])
+    assert window(data, 3) == ([1, 2, 3], [103, 103])  # and the last one after it
+    assert window(data, 4) == ([4, 4, 4], [104, 105])  # nothing of the episode before
+    assert window(data, 9) == ([7, 8, 9], [109, 109])
+    with pytest.raises(IndexError):
+        data[10]
+    assert data[0]["obs"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_arrays_may_stand_at_the_top_or_in_groups(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"top{suffix}"
+    file: Any = h5py.File(path, "w") if suffix == ".h5" else zarr.open_group(str(path), mode="w")
+    for name, values in COUNTING.items():
+        array = numpy.asarray(values)
+        if suffix == ".h5":
+            file[name] = array
+        else:
+            file.create_array(name, data=array)
+    if suffix == ".h5":
+        file.close()
+    grouped = SequenceDataset(write_dataset(tmp_path / f"grouped{suffix}", **COUNTING), 2, 2)
+    assert SequenceDataset(path, 2, 2).fingerprint == grouped.fingerprint
+
+
+def test_equal_data_have_one_fingerprint_whatever_file_they_lie_in(tmp_path: Path) -> None:
+    found = {SequenceDataset(write_synthetic(tmp_path / f"d{suffix}"), 2, 4).fingerprint for suffix in SUFFIXES}
+    other = SequenceDataset(write_synthetic(tmp_path / "other.zarr", seed=1), 2, 4)
+    assert len(found) == 1
+    assert other.fingerprint not in found
+
+
+def test_the_same_data_are_written_as_the_same_bytes(tmp_path: Path) -> None:
+    for suffix in SUFFIXES:
+        one, two = (write_synthetic(tmp_path / f"{name}{suffix}") for name in ("one", "two"))
+        files = [path.relative_to(one) for path in one.rglob("*") if path.is_file()] if one.is_dir() else [Path()]
+        assert all((one / file).read_bytes() == (two / file).read_bytes() for file in files)
+
+
+def test_training_and_validation_share_no_episode_and_miss_none(tmp_path: Path) -> None:
+    path = write_synthetic(tmp_path / "d.zarr", episodes=10, steps=7)
+    splits = [SequenceDataset(path, 2, 2, split=one, val_ratio=0.3, seed=5) for one in ("train", "val")]
+    assert [one.episode_count for one in splits] == [7, 3]
+    rows = [set(map(tuple, one.tensors()["obs"].tolist())) for one in splits]
+    assert not rows[0] & rows[1]
+    assert len(rows[0] | rows[1]) == 70
+    again = SequenceDataset(path, 2, 2, split="val", val_ratio=0.3, seed=5)
+    assert torch.equal(again.tensors()["obs"], splits[1].tensors()["obs"])
+    other = SequenceDataset(path, 2, 2, split="val", val_ratio=0.3, seed=6)
+    assert not torch.equal(other.tensors()["obs"], splits[1].tensors()["obs"])
+
+
+def test_a_split_never_takes_the_last_episode_of_training(tmp_path: Path) -> None:
+    path = write_synthetic(tmp_path / "d.zarr", episodes=1)
+    assert SequenceDataset(path, 2, 2, val_ratio=0.9).episode_count == 1
+    assert len(SequenceDataset(path, 2, 2, split="val", val_ratio=0.9)) == 0
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_recipe_comes_back(suffix: str, tmp_path: Path) -> None:
+    recipe = {"world": "gear", "seed": 3, "noise": 0.1, "nested": {"list": [1, 2]}}
+    path = write_dataset(tmp_path / f"d{suffix}", **COUNTING, recipe=recipe)
+    assert SequenceDataset(path, 2, 2).recipe == recipe
+    with pytest.raises(InvalidInput, match="is no JSON"):
+        write_dataset(tmp_path / f"e{suffix}", **COUNTING, recipe={"x": object()})
+    assert not (tmp_path / f"e{suffix}").exists()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_what_is_there_is_replaced_only_when_asked(suffix: str, tmp_path: Path) -> None:
+    path = write_synthetic(tmp_path / f"d{suffix}")
+    before = SequenceDataset(path, 2, 2).fingerprint
+    with pytest.raises(InvalidInput, match="is there already"):
+        write_dataset(path, **COUNTING)
+    assert SequenceDataset(path, 2, 2).fingerprint == before
+    write_dataset(path, **COUNTING, force=True)
+    assert len(SequenceDataset(path, 2, 2)) == 10
+    assert [one.name for one in tmp_path.iterdir()] == [f"d{suffix}"]
+
+
+# ---------------------------------------------------------------- broken data sets
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_missing_array_is_named_with_those_that_are_there(suffix: str, tmp_path: Path) -> None:
+    path = write_synthetic(tmp_path / f"d{suffix}")
+    if suffix == ".h5":
+        with h5py.File(path, "a") as file:
+            del file["data/action"]
+    else:
+        shutil.rmtree(path / "data" / "action")
+    with pytest.raises(DatasetError, match=r"has no action \(nor data/action\); it has data, data/obs, meta"):
+        SequenceDataset(path, 2, 2)
+
+
+def test_a_chunk_that_is_not_there_is_no_row_of_zeros(tmp_path: Path) -> None:
+    path = tmp_path / "d.zarr"
+    root = zarr.open_group(str(path), mode="w")
+    for name, values in COUNTING.items():
+        root.create_array(name, data=numpy.asarray(values), chunks=(2,) if name == "episode_ends" else (2, 1))
+    assert len(SequenceDataset(path, 2, 2)) == 10
+    (path / "obs" / "c" / "3" / "0").unlink()
+    with pytest.raises(DatasetError, match="obs is cut short: 1 of its 5 chunks are not there"):
+        SequenceDataset(path, 2, 2)
+
+
+def test_a_torn_chunk_or_file_is_refused(tmp_path: Path) -> None:
+    folder = write_synthetic(tmp_path / "d.zarr")
+    (chunk,) = [path for path in (folder / "data" / "obs").rglob("*") if path.is_file() and path.name[0] != "."]
+    chunk.write_bytes(chunk.read_bytes()[:50])
+    file = write_synthetic(tmp_path / "d.h5")
+    file.write_bytes(file.read_bytes()[:5000])
+    text = tmp_path / "text.h5"
+    text.write_text("no data")
+    (tmp_path / "empty.zarr").mkdir()
+    for path in (folder, file, text, tmp_path / "empty.zarr"):
+        with pytest.raises(DatasetError, match=path.name):
+            SequenceDataset(path, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"episode_ends": [4, 12]}, "is cut short: its last episode ends at row 12, and obs and action have 10 rows"),
+        ({"episode_ends": [4, 9]}, "the last episode ends at row 9, and there are 10 rows: 1 belong to no episode"),
+        ({"episode_ends": [4, 4, 10]}, r"episode_ends\[1\] is 4; expected ends that ascend"),
+        ({"episode_ends": [0, 10]}, r"episode_ends\[0\] is 0"),
+        ({"episode_ends": []}, r"episode_ends is of the form \(0,\)"),
+        ({"action": COUNTING["action"][:9]}, "obs has 10 rows and action 9"),
+        ({"obs": numpy.zeros((10, 2, 2))}, r"obs is of the form \(10, 2, 2\); expected \(steps, dim\)"),
+        ({"obs": numpy.zeros((10, 0))}, r"obs is of the form \(10, 0\)"),
+        (
+            {"action": numpy.where(numpy.arange(10) == 7, numpy.nan, 0)[:, None]},
+            "action has .* first at step 7, in 1 steps",
+        ),
+    ],
+)
+def test_data_that_cannot_be_trained_on_are_named_when_written_and_when_read(
+    changed: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DatasetError, match=named):
+        write_dataset(tmp_path / "written.zarr", **{**COUNTING, **changed})
+    assert not (tmp_path / "written.zarr").exists()
+    with h5py.File(tmp_path / "read.h5", "w") as file:
+        for name, values in {**COUNTING, **changed}.items():
+            array = numpy.asarray(values)
+            file[name] = array.astype(numpy.int64) if name == "episode_ends" else array
+    with pytest.raises(DatasetError, match=named):
+        SequenceDataset(tmp_path / "read.h5", 2, 2)
+
+
+def test_what_holds_no_numbers_is_refused(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "d.h5", "w") as file:
+        file["obs"] = numpy.array([[b"a"]] * 10)
+        file["action"] = COUNTING["action"]
+        file["episode_ends"] = COUNTING["episode_ends"]
+    with pytest.raises(DatasetError, match=r"obs holds \|S1; expected numbers"):
+        SequenceDataset(tmp_path / "d.h5", 2, 2)
+
+
+def test_a_path_that_is_no_data_set_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SourceNotFound, match=r"no such data set: .*d\.zarr"):
+        SequenceDataset(tmp_path / "d.zarr", 2, 2)
+    (tmp_path / "d.npz").write_bytes(b"")
+    with pytest.raises(DatasetError, match=r"expected a zarr folder or zip, or an HDF5 file .* found \.npz"):
+        SequenceDataset(tmp_path / "d.npz", 2, 2)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"T_obs": 0}, {"T_action": 0}, {"split": "test"}, {"val_ratio": 1.0}, {"val_ratio": -0.1}]
+)
+def test_arguments_are_checked(arguments: dict[str, Any], tmp_path: Path) -> None:
+    path = write_synthetic(tmp_path / "d.zarr")
+    with pytest.raises(InvalidInput, match=next(iter(arguments))):
+        SequenceDataset(path, **{"T_obs": 2, "T_action": 2, **arguments})
+
+
+def test_the_synthetic_data_are_smooth_and_can_be_learned() -> None:
+    data = synthetic(steps=50)
+    obs, action = data["obs"], data["action"]
+    inputs = numpy.concatenate([obs[1:50], obs[:49]], axis=1)
+    residual = numpy.linalg.lstsq(inputs, action[1:50], rcond=None)[1]
+    assert numpy.sqrt(residual / 49).max() < 0.02
+    assert json.dumps(data["episode_ends"].tolist()) == "[50, 100, 150, 200]"

@@ -1,0 +1,501 @@
+"""A run: what it trains and writes, that it goes on exactly where it stopped, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from pdp.data import SequenceDataset
+from pdp.errors import CheckpointWarning, ConfigError, TrainingDiverged
+from pdp.policy import DiffusionPolicy
+from pdp.workspace import DiffusionPolicyWorkspace
+from registry import Registry
+from registry.core.errors import Incompatible, InvalidInput, NoSpace, SourceNotFound
+from tests.pdp.models import same_tensors
+from tests.pdp.runs import LORA, configuration, differing, workspace
+
+ROOT = Path(__file__).parents[2]
+
+
+def lines(run: DiffusionPolicyWorkspace) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def everything(run: DiffusionPolicyWorkspace) -> dict[str, Any]:
+    """All of a run's state: what it would save."""
+    tree = run._tree(None, None)
+    del tree["cfg"]
+    return tree
+
+
+# ---------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_a_run_learns_and_writes_its_metrics_and_latest(lora: Any, tmp_path: Path) -> None:
+    run = workspace(tmp_path, policy__lora=lora, training__num_epochs=12)
+    before = {name: one.clone() for name, one in run.model.state_dict().items()}
+    metrics = run.run()
+    written = lines(run)
+    steps = [one for one in written if "lr" in one]
+    ends = [one for one in written if "end_of_epoch" in one]
+    assert [one["global_step"] for one in steps] == list(range(1, 12 * 8 + 1))
+    assert (run.global_step, run.epoch, len(ends)) == (96, 12, 12)
+    assert ends[-1]["train_loss"] < (0.7 if lora is None else 0.95) * ends[0]["train_loss"]
+    assert metrics["val_loss"] == ends[-1]["val_loss"] < ends[0]["val_loss"]
+    assert steps[0]["lr"] == 0
+    assert max(one["lr"] for one in steps) == pytest.approx(1e-3)
+    assert steps[-1]["lr"] < 1e-5
+    assert Path(run.get_checkpoint_path()).stat().st_size
+    after = run.model.state_dict()
+    changed = {name for name, one in before.items() if not torch.equal(after[name], one)}
+    assert all((".lora_" in name) == (lora is not None) for name in changed)
+    assert changed
+
+
+def test_the_policy_of_a_checkpoint_acts(tmp_path: Path) -> None:
+    run = workspace(tmp_path)
+    run.run()
+    made = DiffusionPolicy.from_checkpoint(run.get_checkpoint_path())
+    obs = torch.randn(5, 2, 11)
+    acting = run.trainer._acting()
+    found = made.predict_action({"obs": obs}, generator=torch.Generator().manual_seed(0))["action"]
+    expected = acting.predict_action({"obs": obs}, generator=torch.Generator().manual_seed(0))["action"]
+    assert found.shape == (5, 4, 3)
+    assert torch.equal(found, expected)
+    raw = DiffusionPolicy.from_checkpoint(run.get_checkpoint_path(), use_ema=False)
+    assert same_tensors(raw.model, run.model)
+
+
+def test_rollouts_are_logged_and_do_not_disturb_training(tmp_path: Path) -> None:
+    def rollout(policy: DiffusionPolicy) -> dict[str, float]:
+        assert not policy.training
+        torch.randn(100)
+        numpy.random.rand()
+        return {"reward": 7.0}
+
+    cfg = configuration(tmp_path, training__rollout_every=1)
+    with_rollouts = DiffusionPolicyWorkspace(cfg, tmp_path / "a", rollout=rollout)
+    assert with_rollouts.run()["reward"] == 7.0
+    without = workspace(tmp_path, "b", training__val_every=0)
+    without.run()
+    assert same_tensors(with_rollouts.model, without.model)
+
+
+def test_the_best_checkpoints_are_kept_beside_the_latest(tmp_path: Path) -> None:
+    run = workspace(tmp_path, checkpoint__topk={"k": 2, "format_str": "best-{epoch}.ckpt"})
+    run.run()
+    names = sorted(path.name for path in (run.output_dir / "checkpoints").iterdir())
+    assert names == ["best-2.ckpt", "best-3.ckpt", "latest.ckpt"]
+
+
+def test_saving_under_a_tag_writes_latest_as_well(tmp_path: Path) -> None:
+    run = workspace(tmp_path)
+    for use_thread in (False, True):
+        path = run.save_checkpoint(tag="best", use_thread=use_thread)
+        run.saver.join()
+        assert Path(path).read_bytes() == Path(run.get_checkpoint_path()).read_bytes()
+        Path(run.get_checkpoint_path()).unlink()
+
+
+# ---------------------------------------------------------------- going on
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+@pytest.mark.parametrize("stop", [8, 13])
+def test_a_run_that_stops_and_goes_on_is_bit_for_bit_the_one_that_did_not(stop: int, lora: Any, tmp_path: Path) -> None:
+    whole = workspace(tmp_path, "whole", policy__lora=lora)
+    whole.run()
+    first = workspace(tmp_path, "parts", policy__lora=lora)
+    first.run(until_step=stop)
+    torch.manual_seed(99)
+    second = workspace(tmp_path, "parts", policy__lora=lora)
+    second.load_checkpoint()
+    assert (second.global_step, second.epoch) == (stop, stop // 8)
+    second.run()
+    assert not differing(everything(whole), everything(second))
+    assert lines(whole) == lines(second)
+
+
+def test_a_run_goes_on_through_a_registry_in_another_process(tmp_path: Path) -> None:
+    whole = workspace(tmp_path, "whole")
+    whole.run()
+    with Registry.init(tmp_path / "registry") as registry:
+        first = workspace(tmp_path, "first", registry=registry)
+        first.run(until_step=13)
+        assert first.save_checkpoint("registry://walk/run:half", use_thread=False) == "registry://walk/run@1"
+        roles = set(registry.show("walk/run:half").contents.components)
+        assert roles == {"model", "ema", "normalizer", "optimizer", "scheduler", "rng", "training"}
+    script = (
+        "import sys\n"
+        "from pdp.workspace import DiffusionPolicyWorkspace\n"
+        "url, folder = sys.argv[1:]\n"
+        "run = DiffusionPolicyWorkspace.create_from_checkpoint(\n"
+        "    'registry://walk/run:half', registry=url, output_dir=folder)\n"
+        "assert run.global_step == 13\n"
+        "run.run()\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "registry"), str(tmp_path / "second")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    second = DiffusionPolicyWorkspace.create_from_checkpoint(tmp_path / "second" / "checkpoints" / "latest.ckpt")
+    assert not differing(everything(whole), everything(second))
+
+
+def test_workers_of_the_loader_change_nothing(tmp_path: Path) -> None:
+    whole = workspace(tmp_path, "whole")
+    whole.run(until_step=12)
+    other = workspace(tmp_path, "workers", dataloader__num_workers=2)
+    other.run(until_step=5)
+    other.run(until_step=12)
+    assert same_tensors(whole.model, other.model)
+
+
+def test_resume_in_the_configuration_goes_on_from_latest(tmp_path: Path) -> None:
+    whole = workspace(tmp_path, "whole")
+    whole.run()
+    workspace(tmp_path, "parts").run(until_step=11)
+    second = workspace(tmp_path, "parts", training__resume=True)
+    second.run()
+    assert not differing(everything(whole), everything(second))
+    fresh = workspace(tmp_path, "fresh", training__resume=True)
+    fresh.run()
+    assert same_tensors(whole.model, fresh.model)
+
+
+def test_other_data_are_warned_of_when_a_run_goes_on(tmp_path: Path) -> None:
+    first = workspace(tmp_path, "run")
+    first.run(until_step=4)
+    second = workspace(tmp_path, "run", dataloader__batch_size=8)
+    second.load_checkpoint()
+    with pytest.warns(CheckpointWarning, match="does not go on exactly .*batch_size: 16 before, 8 now"):
+        second.run(until_step=5)
+
+
+# ---------------------------------------------------------------- the registry
+
+
+def test_pushed_checkpoints_know_where_they_came_from_and_their_metrics(tmp_path: Path) -> None:
+    with Registry.init(tmp_path / "registry") as registry:
+        run = workspace(tmp_path, registry=registry)
+        run.run(until_step=8)
+        run.save_checkpoint("registry://walk/run", tag="first", use_thread=False)
+        again = run.save_checkpoint("registry://walk/run", use_thread=False)
+        assert again == "registry://walk/run@1"
+        run.run(until_step=16)
+        run.save_checkpoint("registry://walk/run", use_thread=True)
+        run.saver.join()
+        one, two = registry.get("walk/run@1"), registry.get("walk/run@2")
+        assert (one.tags, one.kind) == (("first",), "checkpoint")
+        assert (one.metadata["epoch"], two.metadata["epoch"], two.metadata["global_step"]) == (1, 2, 16)
+        assert two.metrics["train_loss"] == run.metrics["train_loss"] != one.metrics["train_loss"]
+        log = registry.log("walk/run@2")
+        assert {(edge.relation, log.names[edge.parent_id]) for edge in log.ancestors} == {
+            ("continued_from", "walk/run@1")
+        }
+        other = workspace(tmp_path, "other", registry=registry)
+        other.load_checkpoint("registry://walk/run@1")
+        other.run(until_step=12)
+        other.save_checkpoint("registry://walk/fork", use_thread=False)
+        log = registry.log("walk/fork")
+        assert "walk/run@1" in {log.names[edge.parent_id] for edge in log.ancestors}
+
+
+def test_a_lora_run_has_its_base_and_stores_it_once(tmp_path: Path) -> None:
+    with Registry.init(tmp_path / "registry") as registry:
+        base = workspace(tmp_path, "base", registry=registry, registry__push_policy="registry://walk/base:v1")
+        base.run()
+        cfg = {
+            "policy__model": None,
+            "policy__noise_scheduler": None,
+            "policy__lora": {**LORA, "base_model_path": "registry://walk/base:v1"},
+            "registry__push": "registry://walk/lora-run",
+            "registry__push_adapter": "registry://walk/perturb:prod",
+        }
+        run = workspace(tmp_path, "lora", registry=registry, **cfg)
+        assert not differing(dict(run.policy.normalizer.state_dict()), dict(base.policy.normalizer.state_dict()))
+        assert run.policy.noise_scheduler.config.prediction_type == "sample"
+        run.run()
+        adapter, checkpoint = registry.get("walk/perturb:prod"), registry.get("walk/lora-run")
+        assert adapter.base == checkpoint.base == "walk/base@1"
+        assert adapter.metrics["val_loss"] == run.metrics["val_loss"]
+        assert "reused" in {role for _, role in registry.show("walk/lora-run").contents.blobs}
+        policy = DiffusionPolicy.from_checkpoint("registry://walk/perturb:prod", registry=registry)
+        obs = torch.randn(3, 2, 11)
+        acting = run.trainer._acting()
+        found, expected = (
+            one.predict_action({"obs": obs}, generator=torch.Generator().manual_seed(0))["action"]
+            for one in (policy, acting)
+        )
+        assert torch.allclose(found, expected, atol=1e-6)
+        restored = DiffusionPolicyWorkspace.create_from_checkpoint(
+            "registry://walk/lora-run", registry=registry, output_dir=tmp_path / "again"
+        )
+        assert restored.base_reference == "walk/base@1"
+        assert same_tensors(restored.model, run.model)
+
+
+def test_a_base_of_another_network_is_refused(tmp_path: Path) -> None:
+    base = workspace(tmp_path, "base")
+    path = base.save_policy(tmp_path / "base.ckpt")
+    with pytest.raises(Incompatible, match="n_head"):
+        workspace(tmp_path, policy__lora={**LORA, "base_model_path": path}, policy__model__n_head=2)
+
+
+# ---------------------------------------------------------------- keys, tags and forms
+
+
+def test_state_dicts_are_left_out_and_attributes_taken_along_by_name(tmp_path: Path) -> None:
+    run = workspace(tmp_path)
+    run.run(until_step=3)
+    run.note = "kept"  # type: ignore[attr-defined]
+    path = run.save_checkpoint(tmp_path / "a.ckpt", use_thread=False, exclude_keys=["optimizer"], include_keys=["note"])
+    saved = torch.load(path, weights_only=True)
+    assert "optimizer" not in saved["state_dicts"]
+    assert saved["pickles"]["note"] == "kept"
+    other = workspace(tmp_path, "other")
+    payload = other.load_checkpoint(path, include_keys=["note"], exclude_keys=["model"])
+    assert payload["pickles"]["global_step"] == 3
+    assert (other.note, other.global_step) == ("kept", 3)  # type: ignore[attr-defined]
+    assert not same_tensors(other.model, run.model)
+    with pytest.raises(InvalidInput, match="exclude_keys names 'optimiser'; did you mean optimizer"):
+        run.save_checkpoint(exclude_keys=["optimiser"])
+    with pytest.raises(InvalidInput, match="no such attribute"):
+        run.save_checkpoint(include_keys=["nothing"])
+
+
+def test_what_a_workspace_writes_opens_with_torchs_safe_loader_and_as_safetensors(tmp_path: Path) -> None:
+    run = workspace(tmp_path, policy__lora=LORA)
+    run.run(until_step=3)
+    run.save_checkpoint(tmp_path / "a.ckpt", use_thread=False)
+    run.save_lora_checkpoint(tmp_path / "b.safetensors")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert {"cfg", "state_dicts", "pickles"} == set(saved)
+    assert OmegaConf.create(saved["cfg"]).policy.model.obs_dim == 11
+    other = workspace(tmp_path, "other", policy__lora=LORA)
+    run.saver.join()
+    payload = other.load_lora_checkpoint(tmp_path / "b.safetensors")
+    assert payload["global_step"] == 3
+    assert not differing(everything(run), everything(other))
+
+
+def test_a_payload_in_memory_is_loaded_like_its_file(tmp_path: Path) -> None:
+    run = workspace(tmp_path)
+    run.run(until_step=3)
+    payload = torch.load(run.get_checkpoint_path(), weights_only=True)
+    other = workspace(tmp_path, "other")
+    other.load_payload(payload)
+    assert not differing(everything(run), everything(other))
+
+
+def test_lora_methods_need_a_lora(tmp_path: Path) -> None:
+    run = workspace(tmp_path)
+    assert not run.is_lora_model()
+    for call in (run.save_lora_checkpoint, run.load_lora_checkpoint, lambda: run.save_adapter("a.pth")):
+        with pytest.raises(InvalidInput, match="the model has no LoRA"):
+            call()
+
+
+def test_a_lora_run_saves_and_loads_by_tag(tmp_path: Path) -> None:
+    run = workspace(tmp_path, policy__lora=LORA)
+    run.save_lora_checkpoint(tag="best")
+    run.saver.join()
+    names = sorted(path.name for path in (run.output_dir / "checkpoints").iterdir())
+    assert names == ["lora_best.ckpt", "lora_latest.ckpt"]
+    run.load_lora_checkpoint()
+    with pytest.raises(SourceNotFound, match=r"lora_worst\.ckpt.*there are lora_best\.ckpt, lora_latest\.ckpt"):
+        run.load_lora_checkpoint(tag="worst")
+    with pytest.raises(SourceNotFound, match="nothing was saved there"):
+        workspace(tmp_path, "empty").load_checkpoint()
+
+
+@pytest.mark.parametrize("tag", ["", "../up", "a/b", ".hidden", None])
+def test_a_tag_is_a_name_and_no_path(tag: Any, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="expected a name for a file"):
+        workspace(tmp_path).get_checkpoint_path(tag)
+
+
+# ---------------------------------------------------------------- saving in a thread
+
+
+class Gate:
+    """Holds the writing thread until the test lets it go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, failure: BaseException | None = None) -> None:
+        import pdp.workspace
+
+        self.opened, self.entered = threading.Event(), threading.Event()
+        real = pdp.workspace.write_tree
+
+        def write(path: Path, tree: Any) -> None:
+            self.entered.set()
+            assert self.opened.wait(60)
+            if failure is not None:
+                raise failure
+            real(path, tree)
+
+        monkeypatch.setattr(pdp.workspace, "write_tree", write)
+
+
+def test_what_a_thread_writes_is_the_state_of_when_it_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = workspace(tmp_path)
+    before = {name: one.clone() for name, one in run.model.state_dict().items()}
+    gate = Gate(monkeypatch)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    assert gate.entered.wait(60)
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.add_(1)
+    gate.opened.set()
+    run.saver.join()
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dicts"]["model"]
+    assert not differing(dict(saved), before)
+
+
+@pytest.mark.parametrize("next_call", ["save", "load", "run"])
+def test_a_failure_of_the_thread_is_raised_by_whatever_comes_next(
+    next_call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = workspace(tmp_path)
+    run.save_checkpoint(use_thread=False)
+    with monkeypatch.context() as patch:
+        Gate(patch, NoSpace("the disk is full")).opened.set()
+        run.save_checkpoint(tmp_path / "lost.ckpt")
+        calls = {"save": run.save_checkpoint, "load": run.load_checkpoint, "run": run.run}
+        with pytest.raises(NoSpace, match="the disk is full"):
+            calls[next_call]()
+    assert not (tmp_path / "lost.ckpt").exists()
+    run.load_checkpoint()
+
+
+def test_a_failure_at_the_end_of_the_process_is_shown_and_sets_its_status(tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from tests.pdp.runs import workspace\n"
+        "folder = Path(sys.argv[1])\n"
+        "run = workspace(folder)\n"
+        "(folder / 'file').write_text('no folder')\n"
+        "run.save_checkpoint(folder / sys.argv[2] / 'a.ckpt')\n"
+        "print('done')\n"
+    )
+
+    def finished(place: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", script, str(tmp_path), place]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+
+    good, bad = finished("folder"), finished("file")
+    assert (good.returncode, good.stdout) == (0, "done\n"), good.stderr
+    assert (tmp_path / "folder" / "a.ckpt").stat().st_size
+    assert (bad.returncode, bad.stdout) == (1, "done\n")
+    assert "the last checkpoint could not be saved" in bad.stderr
+    assert "StorageError" in bad.stderr
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"trainig": {"seed": 1}}, "unknown key trainig in the configuration; did you mean training"),
+        ({"training__sed": 1}, r"unknown key training\.sed in the configuration; did you mean seed"),
+        ({"policy__lora__lora_rank": 8}, r"policy\.lora\.lora_rank.*did you mean"),
+        ({"policy__model__emb_dm": 8}, r"no argument emb_dm; did you mean emb_dim"),
+        (
+            {"policy__noise_scheduler__prediction_typ": "sample"},
+            "no argument prediction_typ; did you mean prediction_type",
+        ),
+        ({"policy__model___target_": "os.system"}, "os.system, and classes are looked up, never imported"),
+        ({"policy__noise_scheduler___target_": "subprocess.Popen"}, "looked up, never imported"),
+        ({"training__device": "cuda:0"}, "no CUDA device"),
+        ({"training__device": "gpu"}, "expected cpu, cuda"),
+        ({"training__num_epochs": "many"}, "training.num_epochs"),
+        ({"training__lr_scheduler": "cosin"}, "expected one of linear, cosine"),
+        ({"optimizer__lr": -1.0}, "expected a positive number"),
+        ({"dataloader__batch_size": 0}, "expected 1 or more"),
+        ({"dataset__path": "nowhere.zarr"}, "no such data set"),
+        ({"dataloader": {"batch_size": 1000, "drop_last": True}}, "there is no batch"),
+    ],
+)
+def test_a_configuration_that_is_wrong_is_answered_by_its_key(
+    changed: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    if "cuda" in str(changed) and torch.cuda.is_available():
+        changed = {"training__device": "mps"}
+        named = "expected cpu or cuda"
+    with pytest.raises((ConfigError, SourceNotFound), match=named):
+        workspace(tmp_path, **changed).run()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_data_of_other_sizes_are_refused_with_both(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"obs_dim: the data set .* has 11, policy.model 12"):
+        workspace(tmp_path, policy__model__obs_dim=12).run()
+    with pytest.raises(ConfigError, match=r"action_dim \(output_dim\): the data set .* has 3, policy.model 5"):
+        workspace(tmp_path, policy__model__output_dim=5, policy__model__input_dim=5).run()
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = workspace(tmp_path)
+    run.run(until_step=8)
+    good = Path(run.get_checkpoint_path()).read_bytes()
+    real = DiffusionPolicy.compute_loss
+
+    def spoiled(self: DiffusionPolicy, batch: Any) -> torch.Tensor:
+        return real(self, batch) * (float("nan") if run.global_step == 11 else 1.0)
+
+    monkeypatch.setattr(DiffusionPolicy, "compute_loss", spoiled)
+    with pytest.raises(
+        TrainingDiverged, match=r"the loss is nan at step 11 \(epoch 1\).*last good checkpoint is .*latest.ckpt"
+    ):
+        run.run()
+    assert Path(run.get_checkpoint_path()).read_bytes() == good
+    assert all(bool(one.isfinite().all()) for one in run.model.parameters())
+    assert lines(run)[-1]["global_step"] == 11
+    other = workspace(tmp_path, "other", optimizer__lr=1e30, training__max_grad_norm=None, training__lr_warmup_steps=0)
+    with pytest.raises(TrainingDiverged, match="no checkpoint was saved before") as error:
+        other.run()
+    assert error.value.step < 8
+    assert not (tmp_path / "other" / "checkpoints").exists()
+
+
+def test_a_torn_checkpoint_is_refused_and_nothing_is_changed(tmp_path: Path) -> None:
+    run = workspace(tmp_path)
+    path = Path(run.save_checkpoint(use_thread=False))
+    whole = path.read_bytes()
+    other = workspace(tmp_path, training__seed=7)
+    before = {name: one.clone() for name, one in other.model.state_dict().items()}
+    for size in (0, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(InvalidInput, match=r"latest\.ckpt"):
+            other.load_checkpoint()
+    assert not differing(dict(other.model.state_dict()), before)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_checkpoint_of_another_network_is_refused_by_the_argument(strict: bool, tmp_path: Path) -> None:
+    path = workspace(tmp_path, "other", policy__model__n_head=2).save_checkpoint(use_thread=False)
+    with pytest.raises(Incompatible, match="n_head"):
+        workspace(tmp_path).load_checkpoint(path, strict=strict)
+
+
+def test_a_normaliser_is_fitted_on_the_training_episodes_alone(tmp_path: Path) -> None:
+    run = workspace(tmp_path)
+    run.run(until_step=1)
+    data = SequenceDataset(tmp_path / "data.zarr", 2, 4, val_ratio=0.2)
+    stats: Any = run.policy.normalizer.params_dict["obs"]
+    assert torch.equal(stats["input_stats"]["max"], data.tensors()["obs"].amax(dim=0))
