@@ -91,8 +91,11 @@ class Trainer:
 
     # ------------------------------------------------------------ preparation
 
-    def prepare(self) -> None:
-        """Opens the data and plans the learning rates.
+    def plan(self) -> int:
+        """Opens the data, and plans the learning rates.
+
+        Returns:
+            Gradient steps of the whole training.
 
         Raises:
             DatasetError, ConfigError: data of other sizes than the network's.
@@ -100,7 +103,8 @@ class Trainer:
         if self._loader is None:
             self._open_data()
         if self.scheduler is None:
-            self._plan()
+            self._plan_rates()
+        return self.planned_steps
 
     def _open_data(self) -> None:
         cfg, workspace = self.workspace.cfg, self.workspace
@@ -178,7 +182,7 @@ class Trainer:
         training = self.workspace.cfg.training
         return int(training.max_steps or training.num_epochs * self.batches)
 
-    def _plan(self) -> None:
+    def _plan_rates(self) -> None:
         training, optimizer = self.workspace.cfg.training, self.workspace.optimizer
         known = [one.value for one in SchedulerType if one.value != "piecewise_constant"]
         if training.lr_scheduler not in known:
@@ -208,8 +212,8 @@ class Trainer:
         workspace, cfg = self.workspace, self.workspace.cfg
         workspace.saver.join()
         self._resume_where_asked()
-        self.prepare()
-        end = self.planned_steps if until_step is None else min(until_step, self.planned_steps)
+        planned = self.plan()
+        end = planned if until_step is None else min(until_step, planned)
         rng = self._restored.pop("rng", None)
         if rng is not None:
             restore_random_state(rng, self._restored.get("what", "the checkpoint"))
@@ -234,7 +238,7 @@ class Trainer:
                     saved_at = self._end_of_epoch(log)
             if saved_at != workspace.global_step:
                 workspace.save_checkpoint(use_thread=False)
-        if workspace.global_step >= self.planned_steps or until_step is not None:
+        if workspace.global_step >= planned:
             self._push()
         return dict(workspace.metrics)
 

@@ -257,7 +257,9 @@ class DiffusionPolicyWorkspace:
 
     def save_policy(self, path: PathLike, **push: Any) -> str:
         """Saves the policy alone, to act and to put a LoRA on: the network (averaged, where there is an average),
-        normaliser, configuration. Arguments and errors as for `save_checkpoint`."""
+        normaliser, configuration. Arguments and errors as for `save_checkpoint`; a push names the checkpoint that it
+        came
+        from, where that was pushed at the same step."""
         self.saver.join()
         network = self.ema_model or self.model
         tree = {
@@ -265,6 +267,9 @@ class DiffusionPolicyWorkspace:
             "state_dicts": {"model": network_state(network), "normalizer": self.policy.normalizer.state_dict()},
             "pickles": {**self._made_of(), "global_step": self.global_step, "epoch": self.epoch},
         }
+        if is_registry_url(path):
+            given = {"base": self.base_reference, "step": self.global_step, **self._said(), **self._of_run(), **push}
+            return push_tree(on_cpu(tree), path, self._registry, given)
         return self._write(on_cpu(tree), os.fspath(path), push)
 
     def save_adapter(self, path: PathLike, **push: Any) -> str:
@@ -275,7 +280,7 @@ class DiffusionPolicyWorkspace:
         if not is_registry_url(path):
             saved: str = network.save_lora_adapters(path, registry=self._registry, **push)
             return saved
-        given = {"base": self.base_reference, **self._said(), **push}
+        given = {"base": self.base_reference, **self._said(), **self._of_run(), **push}
         pushed: str = network.save_lora_adapters(path, registry=self._registry, **given)
         return pushed
 
@@ -328,6 +333,12 @@ class DiffusionPolicyWorkspace:
         """What a push at this step continues: of two at one step both have the same parent, and are one version."""
         before, at = self._lineage
         return before if at is not None and at == step else self._parent
+
+    def _of_run(self) -> dict[str, Any]:
+        """What a part of the run's present state came from, if that was pushed."""
+        if self._parent is None or self._lineage[1] != self.global_step:
+            return {}
+        return {"parents": [("extracted_from", self._parent, None)]}
 
     def _said(self) -> dict[str, Any]:
         return {"metrics": dict(self.metrics)} if self.metrics else {}

@@ -379,6 +379,34 @@ def test_a_failure_of_the_thread_is_raised_by_whatever_comes_next(
     run.load_checkpoint()
 
 
+def test_a_disk_that_is_full_is_told_by_what_comes_next_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    """In a process of its own, which may write no file larger than half a checkpoint."""
+    script = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from registry.core.errors import NoSpace\n"
+        "from tests.pdp.runs import workspace\n"
+        "run = workspace(Path(sys.argv[1]))\n"
+        "good = Path(run.save_checkpoint(use_thread=False))\n"
+        "before = good.read_bytes()\n"
+        "half = len(before) // 2\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (half, half))\n"
+        "run.save_checkpoint()\n"
+        "try:\n"
+        "    run.save_checkpoint()\n"
+        "except NoSpace as error:\n"
+        "    print(error)\n"
+        "print(good.read_bytes() == before, [path.name for path in good.parent.iterdir()])\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    said, after = done.stdout.splitlines()
+    assert "latest.ckpt" in said
+    assert "nothing was left behind" in said
+    assert after == "True ['latest.ckpt']"
+
+
 def test_a_failure_at_the_end_of_the_process_is_shown_and_sets_its_status(tmp_path: Path) -> None:
     script = (
         "import sys\n"
