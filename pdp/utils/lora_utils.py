@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -324,9 +325,8 @@ def print_lora_model_summary(model: nn.Module) -> None:
     settings = info["lora_config"]
     print(f"LoRA on a {info['base_model']} ({info['dtype']}, {info['device']})")
     print(f"  rank {settings['lora_r']}, alpha {settings['lora_alpha']:g}, dropout {settings['lora_dropout']:g}")
-    print(
-        f"  {len(info['targeted_modules'])} modules, apply_to {settings['apply_to']}, by {settings['target_modules']}"
-    )
+    layers = ", ".join(sorted({path.rpartition(".")[2] for path in info["targeted_modules"]}))
+    print(f"  {len(info['targeted_modules'])} modules ({layers}), apply_to {settings['apply_to']}")
     print(f"  {info['lora_parameters']:,} LoRA parameters, {info['total_parameters']:,} in all")
     print(f"  {info['trainable_parameters']:,} train ({info['trainable_fraction']:.2%})")
 
@@ -347,6 +347,8 @@ def lora_of(model: object) -> LoraTransformerForDiffusion:
 
 def plain_config(cfg: Any) -> Any:
     """A configuration as plain data, interpolations resolved."""
+    if "omegaconf" not in sys.modules:
+        return cfg  # then it is none of OmegaConf's
     from omegaconf import OmegaConf
 
     return OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg

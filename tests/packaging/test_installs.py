@@ -126,7 +126,8 @@ def test_wheel_holds_our_two_packages_and_every_revision_and_nothing_else(wheel:
     assert revisions
     migrations = {name for name in names if name.startswith("registry/migrations/")}
     assert migrations == revisions | {"registry/migrations/env.py", "registry/migrations/script.py.mako"}
-    assert "registry/py.typed" in names
+    assert {"registry/py.typed", "pdp/py.typed"} <= set(names)
+    assert {f"pdp/config/{path.name}" for path in (ROOT / "pdp/config").glob("*.yaml")} <= set(names)
     assert not [name for name in names if name.endswith(".pyc")]
 
 

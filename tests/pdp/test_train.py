@@ -95,6 +95,29 @@ def test_a_mistake_is_one_clear_line(words: list[str], said: str, tmp_path: Path
     assert "Traceback" not in done.stderr
 
 
+def test_a_terminal_shows_how_far_training_is(tmp_path: Path) -> None:
+    import os
+    import pty
+
+    from tests.pdp.runs import configuration
+
+    configuration(tmp_path)
+    script = "from tests.pdp.runs import *; import sys; workspace(Path(sys.argv[1])).run()"
+    terminal, its = pty.openpty()
+    try:
+        command = [sys.executable, "-c", script, str(tmp_path)]
+        environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, stderr=its, check=False, timeout=300)
+        os.set_blocking(terminal, False)
+        shown = os.read(terminal, 1 << 20).decode()
+    finally:
+        os.close(its)
+        os.close(terminal)
+    assert done.returncode == 0, shown
+    assert "training" in shown
+    assert "24/24" in shown
+
+
 def test_overrides_are_checked_before_hydra_sees_them() -> None:
     for fine in (
         "training.seed=1",
