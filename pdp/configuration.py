@@ -186,6 +186,9 @@ def read_config(given: Any, *, unknown: list[str] | None = None) -> Any:
         ConfigError: an unknown key (with the near one), or a value of another type.
     """
     if isinstance(given, DictConfig):
+        missing = OmegaConf.missing_keys(given) - MAY_BE_MISSING
+        if missing:
+            raise ConfigError(f"{', '.join(sorted(missing))} not set in the configuration; give a value (key=value)")
         try:
             plain = OmegaConf.to_container(given, resolve=True)
         except OmegaConfBaseException as error:
@@ -216,6 +219,8 @@ def read_config(given: Any, *, unknown: list[str] | None = None) -> Any:
 
 
 _SECTION = object()
+MAY_BE_MISSING = {"dataset.path"}
+"""A run that only saves and loads needs no data."""
 
 
 def _walk(tree: Mapping[Any, Any], kind: type, above: str) -> Iterator[tuple[str, Any, Any, str, list[str]]]:

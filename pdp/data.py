@@ -9,8 +9,9 @@ import os
 import secrets
 import shutil
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,15 +47,16 @@ class SequenceDataset(Dataset[dict[str, Tensor]]):
     is repeated, after the last one the last. All data are held in memory, as float32.
 
     Args:
-        path: a zarr folder or zip, or an HDF5 file (`.h5`, `.hdf5`), with obs (N, obs_dim), action (N, action_dim) and
-            episode_ends (E,): the row after each episode's last, ascending, the last of them N. At the top, or as
-            `data/obs`, `data/action`, `meta/episode_ends`.
+        path: a zarr folder or zip, or an HDF5 file (`.h5`, `.hdf5`); only read. It has obs (N, obs_dim), action
+            (N, action_dim) and episode_ends (E,): the row after each episode's last, ascending, the last of them N.
+            At the top, or as `data/obs`, `data/action`, `meta/episode_ends`.
         split: `train` or `val`: whole episodes, which of them is a function of `seed`.
         val_ratio: part of the episodes that is for validation, from 0 to below 1.
+        keys: other names of the arrays, such as `{"obs": "state"}` for `data/state`.
 
     Attributes:
         obs_dim, action_dim: sizes of one step.
-        episode_count: episodes of this split.
+        episode_count, window_count: episodes and windows of this split.
         recipe: what the file's attributes say of how it was made.
 
     Raises:
@@ -72,6 +74,7 @@ class SequenceDataset(Dataset[dict[str, Tensor]]):
         split: str = "train",
         val_ratio: float = 0.0,
         seed: int = 0,
+        keys: Mapping[str, str] | None = None,
     ) -> None:
         if split not in SPLITS:
             raise InvalidInput(f"split is {shown(repr(split))}; expected one of {', '.join(SPLITS)}")
@@ -79,17 +82,17 @@ class SequenceDataset(Dataset[dict[str, Tensor]]):
             raise InvalidInput(f"T_obs {T_obs}, T_action {T_action}: expected 1 at least")
         if not 0 <= val_ratio < 1:
             raise InvalidInput(f"val_ratio is {val_ratio}; expected 0 to below 1")
+        if odd := sorted(set(keys or {}) - PLACES.keys()):
+            raise InvalidInput(f"keys has {shown(repr(odd[0]))}; expected some of {', '.join(PLACES)}")
         self.path = Path(path)
         self.T_obs = T_obs
         self.T_action = T_action
         what = shown(str(self.path), 200)
-        arrays, self.recipe = _read(self.path, what)
+        arrays, self.recipe = _read(self.path, _places(keys or {}), what)
         _check(arrays, what)
         self._ends = arrays["episode_ends"].astype(numpy.int64)
-        self._obs = torch.from_numpy(numpy.ascontiguousarray(arrays["obs"], dtype=numpy.float32))
-        self._action = torch.from_numpy(numpy.ascontiguousarray(arrays["action"], dtype=numpy.float32))
-        _check_finite("obs", self._obs, what)
-        _check_finite("action", self._action, what)
+        self._obs = _as_float32("obs", arrays["obs"], what)
+        self._action = _as_float32("action", arrays["action"], what)
         self.obs_dim, self.action_dim = self._obs.shape[1], self._action.shape[1]
         self._episodes = self._choose(split, val_ratio, seed)
         starts = numpy.concatenate(([0], self._ends[:-1]))
@@ -111,6 +114,10 @@ class SequenceDataset(Dataset[dict[str, Tensor]]):
     @property
     def episode_count(self) -> int:
         return len(self._episodes)
+
+    @property
+    def window_count(self) -> int:
+        return len(self)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """`obs` (T_obs, obs_dim) and `action` (T_action, action_dim), float32."""
@@ -160,15 +167,15 @@ def write_dataset(
         NoSpace, ReadOnly, StorageError: nothing is there.
     """
     final = Path(path)
-    arrays = {
-        "obs": numpy.ascontiguousarray(obs, dtype=numpy.float32),
-        "action": numpy.ascontiguousarray(action, dtype=numpy.float32),
-        "episode_ends": numpy.ascontiguousarray(episode_ends, dtype=numpy.int64),
-    }
     what = shown(str(final), 200)
+    if final.suffix == ".zip":
+        raise DatasetError(f"{what}: a zip is read, not written; write a zarr folder or an HDF5 file (.h5, .hdf5)")
+    given = {"obs": obs, "action": action, "episode_ends": episode_ends}
+    arrays = {name: _as_array(name, values, what) for name, values in given.items()}
     _check(arrays, what)
-    for key in ("obs", "action"):
-        _check_finite(key, torch.from_numpy(arrays[key]), what)
+    for name in ("obs", "action"):
+        arrays[name] = _as_float32(name, arrays[name], what).numpy()
+    arrays["episode_ends"] = numpy.ascontiguousarray(arrays["episode_ends"], dtype=numpy.int64)
     try:
         said: dict[str, Any] = json.loads(json.dumps(dict(recipe or {}), allow_nan=False))
     except (TypeError, ValueError) as error:
@@ -177,21 +184,34 @@ def write_dataset(
         ) from error
     if final.exists() and not force:
         raise InvalidInput(f"{what} is there already; give another path, or force=True to replace it")
-    temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+    mark = secrets.token_hex(4)
+    temporary, before = (final.with_name(f".{final.name}.{mark}.{one}") for one in ("tmp", "old"))
     with write_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         try:
             (_write_hdf5 if final.suffix in HDF5 else _write_zarr)(temporary, arrays, said)
-            if final.is_dir():
-                shutil.rmtree(final)
-            os.replace(temporary, final)
+            _put(temporary, final, before)
         finally:
             _remove(temporary)
     return final
 
 
+def _put(temporary: Path, final: Path, before: Path) -> None:
+    """Renames to the final name. A folder, or a file that a folder replaces, has to be out of the way first."""
+    if not final.exists() or not (final.is_dir() or temporary.is_dir()):
+        os.replace(temporary, final)
+        return
+    os.replace(final, before)
+    try:
+        os.replace(temporary, final)
+    except BaseException:
+        os.replace(before, final)
+        raise
+    _remove(before)
+
+
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -204,7 +224,14 @@ def _write_zarr(path: Path, arrays: Mapping[str, Any], recipe: Mapping[str, Any]
     root.attrs.update(dict(recipe))
     for name, array in arrays.items():
         rows = max(1, min(len(array), (1 << 22) // max(array[:1].nbytes, 1)))
-        made = root.create_array(PLACES[name][0], shape=array.shape, dtype=array.dtype, chunks=(rows, *array.shape[1:]))
+        made = root.create_array(
+            PLACES[name][0],
+            shape=array.shape,
+            dtype=array.dtype,
+            chunks=(rows, *array.shape[1:]),
+            # Else chunks of zeros are left out, and look like chunks that were lost.
+            config={"write_empty_chunks": True},
+        )
         made[...] = array
 
 
@@ -221,14 +248,36 @@ def _write_hdf5(path: Path, arrays: Mapping[str, Any], recipe: Mapping[str, Any]
 # ---------------------------------------------------------------- reading
 
 
-def _read(path: Path, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _places(keys: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    return {name: (f"data/{keys[name]}", keys[name]) if name in keys else places for name, places in PLACES.items()}
+
+
+def _as_array(name: str, values: Any, what: str) -> Any:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+    try:
+        return numpy.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DatasetError(
+            f"{what}: {name} is no array ({shown(str(error), 200)}); give an array or a tensor"
+        ) from error
+
+
+def _as_float32(name: str, array: Any, what: str) -> Tensor:
+    with numpy.errstate(over="ignore"):  # what float32 cannot hold is found just below
+        values = torch.from_numpy(numpy.require(array, numpy.float32, ["C", "W"]))  # torch warns of read-only ones
+    _check_finite(name, values, what)
+    return values
+
+
+def _read(path: Path, places: Mapping[str, tuple[str, ...]], what: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if not path.exists():
         raise SourceNotFound(f"no such data set: {what}")
     with _reading_errors(what):
         if path.suffix in HDF5:
-            return _read_hdf5(path, what)
+            return _read_hdf5(path, places, what)
         if path.is_dir() or path.suffix == ".zip":
-            return _read_zarr(path, what)
+            return _read_zarr(path, places, what)
     raise DatasetError(
         f"{what}: expected a zarr folder or zip, or an HDF5 file (.h5, .hdf5), found {path.suffix or 'a file'}"
     )
@@ -239,67 +288,89 @@ def _reading_errors(what: str) -> Iterator[None]:
     """What zarr and h5py raise of files that are torn or of another kind, in our words."""
     try:
         yield
-    except InvalidInput:
+    except (InvalidInput, MemoryError):
         raise
     except PermissionError as error:
         raise StorageError(error.errno, f"cannot read {what}: {error.strerror}") from error
     except Exception as error:  # decoders of chunks raise errors of their own kinds
         raise DatasetError(
             f"{what} cannot be read: {shown(f'{type(error).__name__}: {error}', 200)}; is it cut short, or another "
-            "kind of "
-            "file? Copy it or make it again"
+            "kind of file? Copy it or make it again"
         ) from error
 
 
-def _read_zarr(path: Path, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_zarr(path: Path, wanted: Mapping[str, tuple[str, ...]], what: str) -> tuple[dict[str, Any], dict[str, Any]]:
     import zarr
+    from zarr.storage import ZipStore
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), ExitStack() as opened:
         # Folders of others may have what zarr does not know; it says so, and that is all.
         warnings.simplefilter("ignore")
-        root = zarr.open_group(str(path), mode="r")
+        if not path.is_dir() and not zipfile.is_zipfile(path):
+            raise DatasetError(f"{what} is no zip, or is cut short; copy it or make it again")
+        # zarr takes the path of a zip for a folder.
+        store = str(path) if path.is_dir() else opened.enter_context(ZipStore(path, mode="r"))
+        root = zarr.open_group(store, mode="r")
         arrays = {}
-        for name, places in PLACES.items():
+        for name, places in wanted.items():
             array = next((root[place] for place in places if place in root), None)
             if not isinstance(array, zarr.Array):
                 there = sorted(key for key, _ in root.members(max_depth=2))
-                raise _missing(name, there, what)
+                raise _missing(places, there, what)
             # A chunk that is not there reads as zeros.
             if array.nchunks_initialized < array.nchunks:
                 missing = array.nchunks - array.nchunks_initialized
                 raise DatasetError(
-                    f"{what}: {name} is cut short: {missing} of its {array.nchunks} chunks are not there; copy the "
-                    "whole folder, "
-                    "or make the data set again"
+                    f"{what}: {name} is cut short: {missing} of its {array.nchunks} chunks are not there; copy it "
+                    "whole, or write it again (with zarr's write_empty_chunks=True: chunks of zeros are left out else)"
                 )
             arrays[name] = numpy.asarray(array[...])
-        return arrays, {str(key): value for key, value in dict(root.attrs).items()}
+        return arrays, _json_of(dict(root.attrs))
 
 
-def _read_hdf5(path: Path, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_hdf5(path: Path, wanted: Mapping[str, tuple[str, ...]], what: str) -> tuple[dict[str, Any], dict[str, Any]]:
     import h5py
 
     with h5py.File(path, "r") as file:
         arrays = {}
-        for name, places in PLACES.items():
+        for name, places in wanted.items():
             array = next((file[place] for place in places if place in file), None)
             if not isinstance(array, h5py.Dataset):
                 there: list[str] = []
                 file.visit(there.append)
-                raise _missing(name, sorted(there), what)
+                raise _missing(places, sorted(there), what)
             arrays[name] = numpy.asarray(array[...])
-        recipe = file.attrs.get("recipe")
-        if isinstance(recipe, str):
-            found = json.loads(recipe)
-            return arrays, found if isinstance(found, dict) else {}
-        plain = (str, int, float, bool)
-        said = {key: value.item() if hasattr(value, "item") else value for key, value in file.attrs.items()}
-        return arrays, {key: value for key, value in said.items() if isinstance(value, plain)}
+        return arrays, _recipe_of(dict(file.attrs.items()))
 
 
-def _missing(name: str, there: list[str], what: str) -> DatasetError:
+def _recipe_of(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe as `write_dataset` writes it into HDF5; of files of others, the attributes."""
+    try:
+        found = json.loads(attributes["recipe"])
+        if isinstance(found, dict):
+            return found
+    except (KeyError, TypeError, ValueError):
+        pass
+    return _json_of(attributes)
+
+
+def _json_of(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Those attributes that JSON has."""
+    said = {}
+    for key, value in attributes.items():
+        plain = value.tolist() if isinstance(value, numpy.ndarray | numpy.generic) else value
+        try:
+            said[str(key)] = json.loads(
+                json.dumps(plain.decode() if isinstance(plain, bytes) else plain, allow_nan=False)
+            )
+        except (TypeError, ValueError):
+            continue  # nothing that a recipe could say: a reference, an empty value, bytes
+    return said
+
+
+def _missing(places: tuple[str, ...], there: list[str], what: str) -> DatasetError:
     found = ", ".join(map(shown, there[:12])) or "nothing"
-    return DatasetError(f"{what} has no {name} (nor {PLACES[name][0]}); it has {found}")
+    return DatasetError(f"{what} has no {shown(places[1])} (nor {shown(places[0])}); it has {found}")
 
 
 def _check(arrays: Mapping[str, Any], what: str) -> None:
@@ -345,7 +416,6 @@ def _check_finite(name: str, values: Tensor, what: str) -> None:
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise DatasetError(
-            f"{what}: {name} has values that are not finite, the first at step {row}, in {int(bad.sum())} steps in "
-            "all; take these "
-            "episodes out"
+            f"{what}: {name} has values that are not finite, or too large for float32, the first at step {row}, in "
+            f"{int(bad.sum())} steps in all; take these episodes out"
         )

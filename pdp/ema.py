@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from registry.core.errors import InvalidInput
+from registry.core.reference import shown
 
 
 class EMAModel:
@@ -71,9 +72,8 @@ class EMAModel:
         """Takes in the model after a step of training. What does not train, batch norms and buffers are copied.
 
         Raises:
-            InvalidInput: a model of another form.
+            InvalidInput: a model of another form; nothing is changed.
         """
-        self.decay = self.get_decay(self.optimization_step)
         copied = {id(one) for module in model.modules() if _is_batch_norm(module) for one in module.parameters()}
         averages = dict(self.averaged_model.named_parameters())
         parameters = dict(model.named_parameters())
@@ -82,14 +82,25 @@ class EMAModel:
             raise InvalidInput(
                 f"the model has other parameters than the average, {odd} first; make a new EMAModel of it"
             )
+        buffers, kept = dict(model.named_buffers()), dict(self.averaged_model.named_buffers())
+        if kept.keys() != buffers.keys():
+            odd = sorted(kept.keys() ^ buffers.keys())[0]
+            raise InvalidInput(f"the model has other buffers than the average, {odd} first; make a new EMAModel of it")
+        for name, average in (*averages.items(), *kept.items()):
+            found = (parameters if name in averages else buffers)[name]
+            if average.shape != found.shape:
+                raise InvalidInput(
+                    f"{name}: the average has the form {tuple(average.shape)}, the model {tuple(found.shape)}; make a "
+                    "new EMAModel of it"
+                )
+        self.decay = self.get_decay(self.optimization_step)
         for name, parameter in parameters.items():
             average = averages[name]
             if parameter.requires_grad and id(parameter) not in copied:
                 average.mul_(self.decay).add_(parameter.to(average.dtype), alpha=1 - self.decay)
             else:
                 average.copy_(parameter)
-        buffers = dict(model.named_buffers())
-        for name, buffer in self.averaged_model.named_buffers():
+        for name, buffer in kept.items():
             buffer.copy_(buffers[name])
         self.optimization_step += 1
 
@@ -98,7 +109,20 @@ class EMAModel:
         return {"decay": self.decay, "optimization_step": self.optimization_step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.decay, self.optimization_step = float(state["decay"]), int(state["optimization_step"])
+        """Takes over the counters.
+
+        Raises:
+            InvalidInput: they are not there, or no numbers.
+        """
+        try:
+            decay, steps = float(state["decay"]), int(state["optimization_step"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidInput(
+                f"counters of a moving average: expected numbers decay and optimization_step, found {shown(str(state))}"
+            ) from error
+        if not 0 <= decay <= 1 or steps < 0:
+            raise InvalidInput(f"decay {decay} and optimization_step {steps}: expected 0 to 1, and a step from 0")
+        self.decay, self.optimization_step = decay, steps
 
 
 def _is_batch_norm(module: nn.Module) -> bool:

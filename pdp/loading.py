@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pdp.building import build_network
-from pdp.checkpoints import read_checkpoint
+from pdp.checkpoints import Checkpoint, read_checkpoint
 from pdp.errors import CheckpointError, CheckpointWarning, user_level
 from pdp.state_names import by_network_name
 from registry.core.errors import Incompatible, InvalidInput
@@ -35,7 +35,7 @@ def live_tensors(model: nn.Module) -> dict[str, Tensor]:
     return by_network_name(model.state_dict(), type(model).__name__)
 
 
-def put(
+def fit(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
     *,
@@ -44,8 +44,8 @@ def put(
     only_adapter: bool = False,
     refused: Sequence[Finding] = (),
     mismatch: Sequence[str] = (),
-) -> None:
-    """Copies tensors into a model.
+) -> Callable[[], None]:
+    """Looks whether tensors fit a model, and warns of what a lenient load lets pass.
 
     Args:
         tensors: under the names of the bare network; from the CPU, whatever device the model is on.
@@ -56,8 +56,11 @@ def put(
         refused: what the caller found already.
         mismatch: in which LoRA settings checkpoint and model differ, to be warned of.
 
+    Returns:
+        A function that copies them; until it is called, the model is unchanged.
+
     Raises:
-        Incompatible: with all differences; the model is unchanged.
+        Incompatible: with all differences.
     """
     own = live_tensors(model)
     targets = {name: one for name, one in own.items() if is_adapter_tensor(name)} if only_adapter else own
@@ -74,7 +77,21 @@ def put(
     if mismatch:
         say(f"LoRA configuration mismatch! {what} and this model differ in {'; '.join(mismatch)}")
     _say_differences(found)
-    copy_into(model, {name: targets[name] for name in fitting}, fitting, strict=True, what=what)
+    places = {name: targets[name] for name in fitting}
+    return lambda: copy_into(model, places, fitting, strict=True, what=what)
+
+
+def fit_average(averaged: nn.Module, checkpoint: Checkpoint) -> Callable[[], None]:
+    """The same for a moving average, which begins with the weights where the checkpoint has none.
+
+    Raises:
+        Incompatible: it does not fit.
+    """
+    if "ema" in checkpoint.roles:
+        return fit(averaged, checkpoint.averaged, strict=True, what=checkpoint.what)
+    say(f"{checkpoint.what} holds no moving average; it begins with the weights")
+    only_adapter = "model" not in checkpoint.roles
+    return fit(averaged, checkpoint.network, strict=True, what=checkpoint.what, only_adapter=only_adapter)
 
 
 def _lets_pass(finding: Finding, targets: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> bool:
@@ -124,8 +141,11 @@ def refused_arguments(differing: Iterable[str]) -> list[Finding]:
     ]
 
 
-def check_optimizer_state(optimizer: Any, state: Any, what: str) -> None:
+def fit_optimizer(optimizer: Any, state: Any, what: str) -> Callable[[], None]:
     """Looks whether an optimizer's state is of its parameters, which torch does not.
+
+    Returns:
+        A function that loads a copy of it.
 
     Raises:
         Incompatible: groups or shapes differ.
@@ -149,12 +169,8 @@ def check_optimizer_state(optimizer: Any, state: Any, what: str) -> None:
                     wrong.append(Finding("C08", "error", subject, "the shapes differ", str(expected), str(found), mend))
     if wrong:
         raise Incompatible(f"the optimizer of {what} is of other parameters; nothing was changed", wrong)
-
-
-def load_optimizer_state(optimizer: Any, state: Any) -> None:
-    """`optimizer.load_state_dict` with a copy, after `check_optimizer_state`."""
     # torch keeps the very tensors of the state where the device agrees, and training then writes to them.
-    optimizer.load_state_dict(_copied(state))
+    return lambda: optimizer.load_state_dict(_copied(state))
 
 
 def _copied(tree: Any) -> Any:
@@ -194,5 +210,5 @@ def load_network(
             f"{checkpoint.what} holds a LoRA; load it with LoraTransformerForDiffusion.from_checkpoint"
         )
     network = build_network(checkpoint, classes)
-    put(network, checkpoint.averaged if use_ema else checkpoint.network, strict=True, what=checkpoint.what)
+    fit(network, checkpoint.averaged if use_ema else checkpoint.network, strict=True, what=checkpoint.what)()
     return network.eval()

@@ -4,7 +4,7 @@ load one. The adapter is PEFT's own; each path is a file (`.pth`, `.safetensors`
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,7 +21,7 @@ from pdp.checkpoints import (
 )
 from pdp.errors import CheckpointError, ConfigError
 from pdp.files import SAFETENSORS, check_path, is_registry_url, on_cpu, write_flat, write_tree
-from pdp.loading import put, refused_arguments
+from pdp.loading import fit, refused_arguments
 from pdp.lora_settings import LoraSettings, make_settings
 from pdp.modules_v2 import optim_groups
 from pdp.state_names import adapter_part, base_part
@@ -247,21 +247,30 @@ class LoraTransformerForDiffusion(nn.Module):
         if isinstance(checkpoint, RegistryCheckpoint) and checkpoint.kind == "adapter":
             checkpoint.registry.load(checkpoint.reference, self, strict=strict is not False)
             return
-        self._load(checkpoint, strict=_strict(strict, checkpoint), only_adapter=True)
+        self.fit_checkpoint(checkpoint, strict=_strict(strict, checkpoint), only_adapter=True)()
 
     def load_full_checkpoint(self, path: Path, *, strict: bool | None = None, registry: RegistryLike = None) -> None:
         """Loads network and LoRA; arguments and errors as for `load_lora_adapters`."""
         checkpoint = read_checkpoint(path, registry)
-        self._load(checkpoint, strict=_strict(strict, checkpoint), only_adapter=False)
+        self.fit_checkpoint(checkpoint, strict=_strict(strict, checkpoint), only_adapter=False)()
 
-    def _load(self, checkpoint: Checkpoint, *, strict: bool, only_adapter: bool) -> None:
+    def fit_checkpoint(self, checkpoint: Checkpoint, *, strict: bool, only_adapter: bool) -> Callable[[], None]:
+        """Looks whether an opened checkpoint fits, and warns of what a lenient load lets pass.
+
+        Returns:
+            A function that loads it; until it is called, the model is unchanged.
+
+        Raises:
+            CheckpointError: it holds no adapter.
+            Incompatible: it does not fit.
+        """
         if not checkpoint.adapter:
             raise CheckpointError(f"{checkpoint.what} holds no adapter; it has {', '.join(sorted(checkpoint.roles))}")
         differing = self.differences(checkpoint)
         refused = refused_arguments(architecture_differences(checkpoint.architecture, self.base_model))
         if strict:
             refused += refused_arguments(differing)
-        put(
+        return fit(
             self,
             checkpoint.network,
             strict=strict,
@@ -311,9 +320,11 @@ class LoraTransformerForDiffusion(nn.Module):
         described = checkpoint if checkpoint.architecture is not None or source is checkpoint else source
         base = build_network(described, classes)
         if source is checkpoint:
-            put(base, base_part(checkpoint.averaged if use_ema else checkpoint.network), strict=True, what=source.what)
+            fit(
+                base, base_part(checkpoint.averaged if use_ema else checkpoint.network), strict=True, what=source.what
+            )()
         else:
-            put(base, source.base, strict=True, what=source.what)
+            fit(base, source.base, strict=True, what=source.what)()
         model = cls._put_on(base, checkpoint, use_ema=use_ema, own_base=source is checkpoint)
         model.base_reference = base_reference
         return model.eval()
@@ -349,7 +360,7 @@ class LoraTransformerForDiffusion(nn.Module):
             )
         model = cls(base, **_arguments(settings))
         tensors = checkpoint.averaged if use_ema else checkpoint.network
-        put(model, adapter_part(tensors), strict=True, what=checkpoint.what, only_adapter=True)
+        fit(model, adapter_part(tensors), strict=True, what=checkpoint.what, only_adapter=True)()
         return model
 
 

@@ -20,7 +20,8 @@ class LinearNormalizer(nn.Module):
 
     Attributes:
         params_dict: by key: `scale` (dim,), `offset` (dim,), and `input_stats` with `min`, `max`, `mean`, `std`, each
-            (dim,). They do not train, and are part of the state dict.
+            (dim,). They do not train, and are part of the state dict. With `last_n_dims` other than 1 they have the
+            form of that many last dimensions.
 
     Source: the formulas of Chi et al. 2023, Diffusion Policy.
     """
@@ -41,18 +42,22 @@ class LinearNormalizer(nn.Module):
         output_min: float = -1.0,
         range_eps: float = 1e-4,
         fit_offset: bool = True,
+        last_n_dims: int = 1,
     ) -> None:
         """Fits scale and offset of each key; what was fitted before is replaced.
 
         Args:
             data: by key (..., dim), tensors or arrays.
             mode: `limits` maps each dimension's range onto [output_min, output_max], `gaussian` to mean 0 and
-            deviation 1.
+                deviation 1.
             range_eps: a dimension that varies less is not scaled: `limits` maps it to the middle of the output.
             fit_offset: False scales about 0 alone.
+            last_n_dims: how many of the last dimensions have a scale of their own for each place; 0 is one scale for
+                all.
 
         Raises:
-            InvalidInput: an unknown mode, or data that are empty or not finite; nothing is changed.
+            InvalidInput: an unknown mode, a key that cannot be part of a name in a state dict, or data that are empty
+                or not finite; nothing is changed.
         """
         if mode not in MODES:
             raise InvalidInput(f"mode is {shown(repr(mode))}; expected one of {', '.join(MODES)}")
@@ -61,9 +66,13 @@ class LinearNormalizer(nn.Module):
                 f"output_min {output_min}, output_max {output_max}, range_eps {range_eps}: expected min < max and eps "
                 ">= 0"
             )
+        if last_n_dims < 0:
+            raise InvalidInput(f"last_n_dims is {last_n_dims}; expected 0 or more")
         if not data:
             raise InvalidInput("there is nothing to fit a normaliser on; give {'obs': ..., 'action': ...}")
-        options = (mode, output_max, output_min, range_eps, fit_offset)
+        for key in data:
+            _check_key(str(key))
+        options = (mode, output_max, output_min, range_eps, fit_offset, last_n_dims)
         fitted = {str(key): _fit(str(key), values, *options) for key, values in data.items()}
         self.params_dict = nn.ParameterDict({key: _parameters(entry) for key, entry in fitted.items()})
 
@@ -95,10 +104,11 @@ class LinearNormalizer(nn.Module):
             known = ", ".join(self.params_dict.keys()) or "nothing"
             raise InvalidInput(f"the normaliser was not fitted on {shown(str(key))}; it knows {known}")
         entry: Any = self.params_dict[key]
-        if not x.dim() or x.shape[-1] != entry["scale"].shape[0]:
+        form = entry["scale"].shape
+        if x.dim() < len(form) or x.shape[x.dim() - len(form) :] != form:
+            expected = ", ".join(map(str, ("...", *form)))
             raise InvalidInput(
-                f"{shown(key)}: expected (..., {entry['scale'].shape[0]}) as the normaliser was fitted, found "
-                f"{tuple(x.shape)}"
+                f"{shown(key)}: expected ({expected}) as the normaliser was fitted, found {tuple(x.shape)}"
             )
         return entry["scale"], entry["offset"]
 
@@ -114,9 +124,8 @@ class LinearNormalizer(nn.Module):
         wanted = {"scale", "offset", *(f"input_stats.{one}" for one in STATISTICS)}
         made = {}
         for key, parts in entries.items():
-            sizes = {tuple(one.shape) for one in parts.values()}
-            if parts.keys() != wanted or len(sizes) != 1 or len(next(iter(sizes))) != 1:
-                odd = ", ".join(sorted(parts.keys() ^ wanted)) or f"sizes {sorted(sizes)}"
+            _check_key(key)
+            if odd := _what_is_odd(parts, wanted):
                 raise InvalidInput(f"the state of the normaliser's {shown(key)} is not one: {shown(odd, 200)}")
             stats = {one: parts[f"input_stats.{one}"] for one in STATISTICS}
             made[key] = _parameters({"scale": parts["scale"], "offset": parts["offset"], "input_stats": stats})
@@ -126,6 +135,36 @@ class LinearNormalizer(nn.Module):
             if device is not None:
                 self.params_dict.to(device)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _check_key(key: str) -> None:
+    """
+    Raises:
+        InvalidInput: a key that torch cannot make part of the names in a state dict.
+    """
+    if not key or "." in key or hasattr(nn.ParameterDict, key) or key == "training":
+        raise InvalidInput(
+            f"the normaliser cannot have the key {shown(repr(key))}: expected a name without a dot that is no member "
+            "of torch's ParameterDict; give it another name"
+        )
+
+
+def _what_is_odd(parts: Mapping[str, Any], wanted: set[str]) -> str:
+    """What keeps these parts from being the state of one key; empty where nothing does."""
+    if parts.keys() != wanted:
+        return ", ".join(sorted(parts.keys() ^ wanted))
+    for name, one in sorted(parts.items()):
+        if not isinstance(one, Tensor) or not one.is_floating_point():
+            return f"{name} is no tensor of floating-point numbers"
+    sizes = {tuple(one.shape) for one in parts.values()}
+    if len(sizes) != 1:
+        return f"sizes {sorted(sizes)}"
+    for name in ("scale", "offset"):
+        if not parts[name].is_meta and not bool(parts[name].isfinite().all()):
+            return f"{name} is not finite"
+    if not parts["scale"].is_meta and not bool(parts["scale"].all()):
+        return "scale is 0"
+    return ""
 
 
 def _parameters(entry: Mapping[str, Any]) -> nn.ParameterDict:
@@ -140,12 +179,24 @@ def _parameters(entry: Mapping[str, Any]) -> nn.ParameterDict:
 
 
 def _fit(
-    key: str, values: Any, mode: str, output_max: float, output_min: float, range_eps: float, fit_offset: bool
+    key: str,
+    values: Any,
+    mode: str,
+    output_max: float,
+    output_min: float,
+    range_eps: float,
+    fit_offset: bool,
+    last_n_dims: int,
 ) -> dict[str, Any]:
-    x = torch.as_tensor(values).detach()
-    if x.dim() < 2 or not x.numel():
-        raise InvalidInput(f"{shown(key)}: expected data of the form (..., dim), found {tuple(x.shape)}")
-    x = x.reshape(-1, x.shape[-1]).to("cpu", torch.float32)
+    try:
+        x = torch.as_tensor(values).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInput(f"{shown(key)}: expected numbers ({shown(str(error), 200)})") from error
+    if x.dim() < last_n_dims + 1 or not x.numel():
+        expected = ", ".join(("...", *["dim"] * last_n_dims)) if last_n_dims else "..., at least one value"
+        raise InvalidInput(f"{shown(key)}: expected data of the form ({expected}), found {tuple(x.shape)}")
+    form = x.shape[x.dim() - last_n_dims :]
+    x = x.reshape(-1, form.numel()).to("cpu", torch.float32)
     bad = (~x.isfinite()).any(dim=1)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
@@ -173,4 +224,5 @@ def _fit(
     else:
         scale = 1 / torch.where(std < range_eps, torch.ones_like(std), std)
         offset = -mean * scale if fit_offset else torch.zeros_like(scale)
-    return {"scale": scale, "offset": offset, "input_stats": stats}
+    fitted = {"scale": scale.reshape(form), "offset": offset.reshape(form)}
+    return {**fitted, "input_stats": {name: one.reshape(form) for name, one in stats.items()}}

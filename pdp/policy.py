@@ -4,7 +4,7 @@ normalised on the way in and back on the way out."""
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -88,6 +88,31 @@ class DiffusionPolicy(nn.Module):
         Raises:
             InvalidInput: it is not, or on other sizes than the network's.
         """
+        self._check_normalizer(normalizer)
+        self.normalizer.load_state_dict(normalizer.state_dict())
+        self.normalizer.to(next(self.model.parameters()).device)
+
+    def fit_normalizer_state(self, state: Mapping[str, Tensor], what: str) -> Callable[[], None]:
+        """Looks whether a normaliser's state is of this network.
+
+        Args:
+            what: names where it comes from.
+
+        Returns:
+            A function that takes it.
+
+        Raises:
+            InvalidInput: it is not.
+        """
+        made = LinearNormalizer()
+        try:
+            made.load_state_dict(dict(state))
+            self._check_normalizer(made)
+        except (InvalidInput, RuntimeError) as error:
+            raise InvalidInput(f"the normaliser of {what}: {error}") from error
+        return lambda: self.set_normalizer(made)
+
+    def _check_normalizer(self, normalizer: LinearNormalizer) -> None:
         if not normalizer.is_fitted:
             raise InvalidInput("the normaliser is not fitted; call fit({'obs': ..., 'action': ...}) first")
         for key, size in (("obs", self.obs_dim), ("action", self.action_dim)):
@@ -98,8 +123,6 @@ class DiffusionPolicy(nn.Module):
                     f"the normaliser's {key} has {'no' if found is None else found} dimensions, the network {size}: "
                     "fit it on the data of this network"
                 )
-        self.normalizer.load_state_dict(normalizer.state_dict())
-        self.normalizer.to(next(self.model.parameters()).device)
 
     def compute_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Mean squared error of one random denoising step for each sample.

@@ -80,7 +80,7 @@ def load_policy(
         raise CheckpointError(
             f"{checkpoint.what} holds no normaliser; give the checkpoint of its base as base_model_path"
         )
-    policy.normalizer.load_state_dict(normalizer)
+    policy.fit_normalizer_state(normalizer, checkpoint.what)()
     return policy.eval()
 
 

@@ -36,7 +36,13 @@ class ResumableSampler(Sampler[list[int]]):
         self._first = 0
 
     def set_position(self, epoch: int, batch: int = 0) -> None:
-        """The next iteration is over this epoch, and begins at this batch of it."""
+        """The next iteration is over this epoch, and begins at this batch of it. So is each after it, until this is
+        called again.
+
+        Raises:
+            InvalidInput: an epoch below 0, or a batch that the epoch does not have; the one after the last may be
+                given, and gives nothing.
+        """
         if epoch < 0 or not 0 <= batch <= len(self):
             raise InvalidInput(
                 f"epoch {epoch}, batch {batch}: expected an epoch from 0 and a batch of 0 to {len(self)}"

@@ -62,17 +62,22 @@ class TopKCheckpointManager:
             raise InvalidInput(
                 f"there is no metric {shown(self.monitor_key)} to choose checkpoints by; there are {known}"
             )
-        value = float(data[self.monitor_key])
+        try:
+            value = float(data[self.monitor_key])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidInput(
+                f"the metric {shown(self.monitor_key)} is {shown(repr(data[self.monitor_key]))}; expected a number"
+            ) from error
         if math.isnan(value):
             return None
         worst = self._worst() if len(self._kept) >= self.k else None
         if worst is not None and not self._is_better(value, self._kept[worst]):
             return None
         name = self._name(data)
-        if worst is not None:
+        # A file that is written over makes no other one too many.
+        if worst is not None and name not in self._kept:
             del self._kept[worst]
-            if worst != name:
-                self._displaced.append(worst)
+            self._displaced.append(worst)
         self._kept[name] = value
         return str(self.save_dir / name)
 
@@ -86,8 +91,17 @@ class TopKCheckpointManager:
         return {"kept": dict(self._kept)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what is kept; of other files than those in the folder nothing is known."""
-        kept = {str(name): float(value) for name, value in state["kept"].items() if _is_plain(str(name))}
+        """Takes over what is kept; of other files than those in the folder nothing is known.
+
+        Raises:
+            InvalidInput: not what `state_dict` gives.
+        """
+        try:
+            kept = {str(name): float(value) for name, value in state["kept"].items() if _is_plain(str(name))}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InvalidInput(
+                f"state of the best checkpoints: expected kept, with a number for each name, found {shown(str(state))}"
+            ) from error
         self._kept = {name: value for name, value in kept.items() if (self.save_dir / name).is_file()}
         self._displaced = []
 

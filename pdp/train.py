@@ -10,7 +10,6 @@ from typing import Any
 import hydra
 
 from pdp.configuration import check_override
-from pdp.workspace import DiffusionPolicyWorkspace
 from registry.core.errors import RegistryError
 
 CONFIG_FOLDER = Path(__file__).parent / "config"
@@ -22,6 +21,8 @@ def train(cfg: Any) -> dict[str, float]:
     Returns:
         The newest value of each metric.
     """
+    from pdp.workspace import DiffusionPolicyWorkspace  # with torch: not for --help or a misspelt key
+
     return DiffusionPolicyWorkspace(cfg).run()
 
 

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,13 +25,16 @@ from pdp.files import write_file
 from pdp.loading import say
 from pdp.normalizer import LinearNormalizer
 from pdp.policy import DiffusionPolicy
-from pdp.random_state import restore_random_state
+from pdp.random_state import random_state, restore_random_state
 from pdp.sampler import ResumableSampler
 
 with warnings.catch_warnings():
     # diffusers looks for optional packages on import, and some of them warn.
     warnings.simplefilter("ignore")
     from diffusers.optimization import SchedulerType, get_scheduler
+
+from registry.core.errors import InvalidInput
+from registry.core.reference import shown
 
 if TYPE_CHECKING:
     from pdp.workspace import DiffusionPolicyWorkspace
@@ -48,6 +51,7 @@ class Trainer:
         self.workspace = workspace
         self.scheduler: Any = None
         self._data: SequenceDataset | None = None
+        self._held_out: SequenceDataset | None = None
         self._loader: DataLoader[Any] | None = None
         self._sampler: ResumableSampler | None = None
         self._restored: dict[str, Any] = {}
@@ -77,17 +81,34 @@ class Trainer:
             found["data_order"] = self._restored["data_order"]
         return found
 
-    def restore(self, checkpoint: Checkpoint, wanted: set[str]) -> None:
-        """Takes over what the next `run` is to go on from."""
-        self._restored = {"what": checkpoint.what}
+    def fit(self, checkpoint: Checkpoint, wanted: set[str]) -> Callable[[], None]:
+        """Reads what the next `run` is to go on from.
+
+        Returns:
+            A function that takes it over.
+
+        Raises:
+            InvalidInput: it is of another form.
+        """
+        found: dict[str, Any] = {"what": checkpoint.what}
         for key in ("scheduler", "rng"):
             if key in wanted and key in checkpoint.roles:
-                self._restored[key] = checkpoint.state(key)
+                found[key] = checkpoint.state(key)
         if "data_order" in checkpoint.training:
-            self._restored["data_order"] = checkpoint.training["data_order"]
-        so_far = checkpoint.training.get("epoch_loss") or {"sum": 0.0, "count": 0}
-        self._loss_sum, self._loss_count = float(so_far["sum"]), int(so_far["count"])
-        self.scheduler = None
+            found["data_order"] = checkpoint.training["data_order"]
+        so_far = checkpoint.training.get("epoch_loss", {"sum": 0.0, "count": 0})
+        try:
+            total, count = float(so_far["sum"]), int(so_far["count"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidInput(
+                f"{checkpoint.what}: epoch_loss is {shown(repr(so_far))}; expected sum and count"
+            ) from error
+
+        def take() -> None:
+            self._restored, self.scheduler = found, None
+            self._loss_sum, self._loss_count = total, count
+
+        return take
 
     # ------------------------------------------------------------ preparation
 
@@ -308,7 +329,9 @@ class Trainer:
         found = {"train_loss": self._loss_sum / max(self._loss_count, 1)}
         self._loss_sum, self._loss_count = 0.0, 0
         if _is_due(training.val_every, done) and workspace.cfg.dataset.val_ratio:
-            found["val_loss"] = self._validate()
+            self._held_out = self._held_out or self._dataset("val")
+            if len(self._held_out):
+                found["val_loss"] = self._validate(self._held_out)
         if _is_due(training.rollout_every, done) and workspace.rollout is not None:
             with _untouched_generators():
                 found |= {str(key): float(value) for key, value in workspace.rollout(self._acting()).items()}
@@ -336,9 +359,8 @@ class Trainer:
         return acting.eval()
 
     @torch.no_grad()
-    def _validate(self) -> float:
+    def _validate(self, data: SequenceDataset) -> float:
         """Mean loss over the validation episodes, with the same noise each time."""
-        data = self._dataset("val")
         section = self.workspace.cfg.val_dataloader
         sampler = ResumableSampler(
             len(data), batch_size=section.batch_size, seed=0, shuffle=section.shuffle, drop_last=section.drop_last
@@ -355,7 +377,7 @@ class Trainer:
                     total += float(policy.compute_loss(moved)) * len(moved["obs"])
                 count += len(moved["obs"])
         policy.train(was_training)
-        return total / max(count, 1)
+        return total / count
 
     def _push(self) -> None:
         workspace, section = self.workspace, self.workspace.cfg.registry
@@ -374,8 +396,6 @@ def _is_due(every: int, done: int) -> bool:
 @contextmanager
 def _untouched_generators() -> Iterator[None]:
     """Whatever is drawn within changes nothing of what is drawn after it."""
-    from pdp.random_state import random_state
-
     before = random_state()
     try:
         yield

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,9 @@ from torch import nn
 
 from pdp.building import architecture_differences, make_network
 from pdp.checkpoints import (
-    MODEL_CONFIG,
     Checkpoint,
     RegistryCheckpoint,
     checkpoint_of,
-    model_config,
     open_registry,
     read_checkpoint,
 )
@@ -28,24 +25,23 @@ from pdp.configuration import read_config
 from pdp.ema import EMAModel
 from pdp.errors import ConfigError
 from pdp.files import check_path, is_registry_url, on_cpu, write_tree
-from pdp.loading import check_optimizer_state, load_optimizer_state, put, refused_arguments
+from pdp.loading import fit, refused_arguments
 from pdp.lora_model import LoraTransformerForDiffusion, network_state
 from pdp.policy import DiffusionPolicy
 from pdp.policy_loading import DEFAULT_NOISE, make_noise_scheduler, recorded_noise
-from pdp.random_state import random_state, seed_everything
+from pdp.random_state import seed_everything
 from pdp.recorded_config import config_of
+from pdp.run_state import check_excluded, made_of, state_tree, take_state
 from pdp.saving import BackgroundSaver
 from pdp.topk import TopKCheckpointManager
 from pdp.training import Trainer
-from pdp.utils.lora_utils import load_average, push_tree
+from pdp.utils.lora_utils import push_tree
 from registry import Registry
 from registry.core.architecture import Architecture
 from registry.core.errors import Incompatible, InvalidInput, SourceNotFound
 
 PathLike = str | os.PathLike[str]
 LATEST = "latest"
-STATE_DICTS = ("model", "ema_model", "normalizer", "optimizer", "scheduler", "rng")
-"""What a checkpoint holds as state dicts; the names for `exclude_keys`."""
 
 
 class DiffusionPolicyWorkspace:
@@ -127,7 +123,7 @@ class DiffusionPolicyWorkspace:
             differing = refused_arguments(architecture_differences(base.architecture, network))
             if differing:
                 raise Incompatible(f"{base.what} is of another network than policy.model", differing)
-            put(network, base.base, strict=True, what=base.what)
+            fit(network, base.base, strict=True, what=base.what)()
             if self.base_reference is None and isinstance(base, RegistryCheckpoint):
                 self.base_reference = base.reference
         if section.lora is not None:
@@ -146,7 +142,7 @@ class DiffusionPolicyWorkspace:
         with read_write(self.cfg):
             section.model, section.noise_scheduler, section.num_inference_steps = made_of, noise, steps
         if base is not None and base.normalizer:
-            policy.normalizer.load_state_dict(base.normalizer)
+            policy.fit_normalizer_state(base.normalizer, base.what)()
         return policy
 
     def _make_topk(self) -> TopKCheckpointManager:
@@ -198,6 +194,13 @@ class DiffusionPolicyWorkspace:
 
     # ------------------------------------------------------------ saving
 
+    def state_tree(
+        self, exclude_keys: Iterable[str] | None = None, include_keys: Iterable[str] | None = None
+    ) -> dict[str, Any]:
+        """All that training goes on from, as a checkpoint holds it; its tensors are the live ones."""
+        left_out = check_excluded(self.exclude_keys if exclude_keys is None else exclude_keys)
+        return state_tree(self, left_out, (*self.include_keys, *(include_keys or ())))
+
     def get_checkpoint_path(self, tag: str = LATEST) -> str:
         """`<output_dir>/checkpoints/<tag>.ckpt`."""
         if not isinstance(tag, str) or not tag or Path(tag).name != tag or tag.startswith("."):
@@ -235,7 +238,7 @@ class DiffusionPolicyWorkspace:
             NoSpace, ReadOnly, StorageError: this save's, or that of the thread before.
         """
         target = self.get_checkpoint_path(tag) if path is None else os.fspath(path)
-        tree = self._tree(exclude_keys, include_keys)
+        tree = self.state_tree(exclude_keys, include_keys)
         return self._save(tree, target, tag, use_thread, push, also_latest=path is None and tag != LATEST)
 
     def save_lora_checkpoint(
@@ -249,7 +252,7 @@ class DiffusionPolicyWorkspace:
         """
         self._require_lora()
         target = self.get_checkpoint_path(f"lora_{tag}") if path is None else os.fspath(path)
-        tree = self._tree(None, None)
+        tree = self.state_tree()
         pickles = tree["pickles"]
         tree |= {key: pickles.pop(key) for key in ("epoch", "global_step")}
         latest = self.get_checkpoint_path(f"lora_{LATEST}") if path is None and tag != LATEST else None
@@ -265,7 +268,7 @@ class DiffusionPolicyWorkspace:
         tree = {
             "cfg": OmegaConf.to_container(self.cfg),
             "state_dicts": {"model": network_state(network), "normalizer": self.policy.normalizer.state_dict()},
-            "pickles": {**self._made_of(), "global_step": self.global_step, "epoch": self.epoch},
+            "pickles": {**made_of(self.model), "global_step": self.global_step, "epoch": self.epoch},
         }
         if is_registry_url(path):
             given = {"base": self.base_reference, "step": self.global_step, **self._said(), **self._of_run(), **push}
@@ -343,47 +346,6 @@ class DiffusionPolicyWorkspace:
     def _said(self) -> dict[str, Any]:
         return {"metrics": dict(self.metrics)} if self.metrics else {}
 
-    def _made_of(self) -> dict[str, Any]:
-        network: Any = self.model
-        config = model_config(network.base_model if self.is_lora_model() else network)
-        found = {} if config is None else {MODEL_CONFIG: config}
-        return found | ({"lora_config": network.settings.to_payload()} if self.is_lora_model() else {})
-
-    def _tree(self, exclude_keys: Iterable[str] | None, include_keys: Iterable[str] | None) -> dict[str, Any]:
-        left_out = self._check_excluded(exclude_keys)
-        states: dict[str, Any] = {"model": network_state(self.model)}
-        if self.ema is not None:
-            states["ema_model"] = network_state(self.ema.averaged_model)
-        if self.policy.normalizer.is_fitted:
-            states["normalizer"] = self.policy.normalizer.state_dict()
-        states["optimizer"] = self.optimizer.state_dict()
-        scheduler = self.trainer.scheduler_state()
-        if scheduler is not None:
-            states["scheduler"] = scheduler
-        states["rng"] = random_state()
-        pickles: dict[str, Any] = {**self._made_of(), **self.trainer.state()}
-        if self.ema is not None:
-            pickles["ema_counters"] = self.ema.state_dict()
-        if self.topk.k:
-            pickles["topk"] = self.topk.state_dict()
-        if self.base_reference is not None:
-            pickles["base_reference"] = self.base_reference
-        for key in dict.fromkeys((*self.include_keys, *(include_keys or ()))):
-            if not hasattr(self, key):
-                raise InvalidInput(f"include_keys names {key!r}, and the workspace has no such attribute")
-            pickles[key] = getattr(self, key)
-        kept = {key: state for key, state in states.items() if key not in left_out}
-        return {"cfg": OmegaConf.to_container(self.cfg), "state_dicts": kept, "pickles": pickles}
-
-    def _check_excluded(self, exclude_keys: Iterable[str] | None) -> set[str]:
-        found = set(self.exclude_keys if exclude_keys is None else exclude_keys)
-        for key in found:
-            if key not in STATE_DICTS:
-                near = get_close_matches(str(key), STATE_DICTS, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(STATE_DICTS)}"
-                raise InvalidInput(f"exclude_keys names {key!r}; {hint}")
-        return found
-
     def _require_lora(self) -> None:
         if not self.is_lora_model():
             raise InvalidInput("the model has no LoRA; use save_checkpoint and load_checkpoint, or set policy.lora")
@@ -403,50 +365,21 @@ class DiffusionPolicyWorkspace:
         holds.
 
         Raises:
-            Incompatible: it does not fit. What does not fit is found before anything is changed, but for a moving
-                average of another form.
+            Incompatible, InvalidInput: it does not fit; nothing is changed.
         """
-        payload = payload if isinstance(payload, Checkpoint) else checkpoint_of(payload)
-        left_out = self._check_excluded(exclude_keys)
-        wanted = set(STATE_DICTS) - left_out - (set() if load_optimizer else {"optimizer", "scheduler"})
-        network: Any = self.model
-        bare = network.base_model if self.is_lora_model() else network
-        differing = network.differences(payload) if self.is_lora_model() and payload.adapter else []
-        refused = refused_arguments(architecture_differences(payload.architecture, bare))
-        if strict:
-            refused += refused_arguments(differing)
-        has_optimizer = "optimizer" in wanted and "optimizer" in payload.roles
-        if has_optimizer:
-            check_optimizer_state(self.optimizer, payload.state("optimizer"), payload.what)
-        if "model" in wanted:
-            only_adapter = self.is_lora_model() and "model" not in payload.roles
-            put(
-                network,
-                payload.network,
-                strict=strict,
-                what=payload.what,
-                only_adapter=only_adapter,
-                refused=refused,
-                mismatch=differing,
-            )
-        if "normalizer" in wanted and payload.normalizer:
-            self.policy.normalizer.load_state_dict(payload.normalizer)
-            self.policy.normalizer.to(self.device)
-        if self.ema is not None and "ema_model" in wanted:
-            load_average(self.ema.averaged_model, payload)
-            if "ema_counters" in payload.training:
-                self.ema.load_state_dict(payload.training["ema_counters"])
-        if has_optimizer:
-            load_optimizer_state(self.optimizer, payload.state("optimizer"))
-        for key in dict.fromkeys((*self.include_keys, *(include_keys or ()))):
-            if key in payload.training:
-                setattr(self, key, payload.training[key])
-        self.topk.load_state_dict(payload.training.get("topk") or {"kept": {}})
-        self.trainer.restore(payload, wanted)
+        opened = payload if isinstance(payload, Checkpoint) else checkpoint_of(payload)
+        take_state(
+            self,
+            opened,
+            load_optimizer=load_optimizer,
+            strict=strict,
+            left_out=check_excluded(self.exclude_keys if exclude_keys is None else exclude_keys),
+            attributes=(*self.include_keys, *(include_keys or ())),
+        )
         if self.base_reference is None:
-            declared = payload.base_reference if isinstance(payload, RegistryCheckpoint) else None
-            self.base_reference = declared or payload.training.get("base_reference")
-        self._parent = payload.reference if isinstance(payload, RegistryCheckpoint) else None
+            declared = opened.base_reference if isinstance(opened, RegistryCheckpoint) else None
+            self.base_reference = declared or opened.training.get("base_reference")
+        self._parent = opened.reference if isinstance(opened, RegistryCheckpoint) else None
         self._lineage = (None, None)
 
     def load_checkpoint(

@@ -9,16 +9,17 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pdp.checkpoints import MODEL_CONFIG, Checkpoint, RegistryCheckpoint, model_config, open_registry, read_checkpoint
+from pdp.checkpoints import MODEL_CONFIG, RegistryCheckpoint, model_config, open_registry, read_checkpoint
 from pdp.errors import ConfigError
 from pdp.files import SAFETENSORS, check_path, is_registry_url, on_cpu, write_flat, write_tree
-from pdp.loading import check_optimizer_state, live_tensors, load_optimizer_state, put, say
+from pdp.loading import fit_average, fit_optimizer, live_tensors, say
 from pdp.lora_model import LoraTransformerForDiffusion, RegistryLike
 from pdp.lora_settings import read_settings
 from pdp.state_names import base_part
@@ -135,37 +136,20 @@ def load_lora_checkpoint(
     checkpoint = read_checkpoint(path, registry)
     strictly = isinstance(checkpoint, RegistryCheckpoint) if strict is None else strict
     wanted = {"optimizer": optimizer, "scheduler": scheduler} if load_optimizer else {}
-    there = {role: one for role, one in wanted.items() if one is not None and role in checkpoint.roles}
-    if "optimizer" in there:
-        check_optimizer_state(optimizer, checkpoint.state("optimizer"), checkpoint.what)
-    lora._load(checkpoint, strict=strictly, only_adapter="model" not in checkpoint.roles)
-    for role, one in wanted.items():
-        if one is not None and role not in there:
-            say(f"{checkpoint.what} holds no {role}; it stays as it is")
-    if "optimizer" in there:
-        load_optimizer_state(optimizer, checkpoint.state("optimizer"))
-    if "scheduler" in there and scheduler is not None:
-        scheduler.load_state_dict(checkpoint.state("scheduler"))
+    steps = [lora.fit_checkpoint(checkpoint, strict=strictly, only_adapter="model" not in checkpoint.roles)]
     averaged = getattr(ema_model, "averaged_model", ema_model)
     if averaged is not None:
-        load_average(averaged, checkpoint)
+        steps.append(fit_average(averaged, checkpoint))
+    for role, one in wanted.items():
+        if one is not None and role not in checkpoint.roles:
+            say(f"{checkpoint.what} holds no {role}; it stays as it is")
+        elif one is not None and role == "optimizer":
+            steps.append(fit_optimizer(one, checkpoint.state(role), checkpoint.what))
+        elif one is not None:
+            steps.append(partial(one.load_state_dict, checkpoint.state(role)))
+    for step in steps:
+        step()
     return checkpoint.payload
-
-
-def load_average(averaged: nn.Module, checkpoint: Checkpoint) -> None:
-    """Loads a moving average, from the weights themselves where the checkpoint has none.
-
-    Raises:
-        Incompatible: it does not fit; it is unchanged.
-    """
-    if "ema" not in checkpoint.roles:
-        say(f"{checkpoint.what} holds no moving average; it begins with the weights")
-    put(
-        averaged,
-        checkpoint.averaged if "ema" in checkpoint.roles else checkpoint.network,
-        strict=True,
-        what=checkpoint.what,
-    )
 
 
 def create_lora_model_from_checkpoint(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 import zarr
 
 from pdp.data import DatasetError, SequenceDataset, write_dataset
-from registry.core.errors import InvalidInput, SourceNotFound
+from registry.core.errors import InvalidInput, NoSpace, SourceNotFound
 from tests.pdp.datasets import synthetic, write_synthetic
 
 SUFFIXES = [".zarr", ".h5"]
@@ -23,6 +25,16 @@ COUNTING = {
     "action": 100 + numpy.arange(10, dtype=numpy.float32)[:, None],
     "episode_ends": [4, 10],
 }
+
+
+def zipped(folder: Path, without: str = "nothing") -> Path:
+    path = folder.with_suffix(".zarr.zip")
+    with zipfile.ZipFile(path, "w") as file:
+        for one in sorted(folder.rglob("*")):
+            name = one.relative_to(folder).as_posix()
+            if one.is_file() and name != without:
+                file.write(one, name)
+    return path
 
 
 def window(data: SequenceDataset, index: int) -> tuple[list[float], list[float]]:
@@ -115,6 +127,93 @@ def test_what_is_there_is_replaced_only_when_asked(suffix: str, tmp_path: Path) 
     assert [one.name for one in tmp_path.iterdir()] == [f"d{suffix}"]
 
 
+def test_a_folder_replaces_a_file_and_a_file_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "d").write_text("a file")
+    (tmp_path / "d.h5").mkdir()
+    for name in ("d", "d.h5"):
+        assert SequenceDataset(write_dataset(tmp_path / name, **COUNTING, force=True), 2, 2).window_count == 10
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["d", "d.h5"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_write_that_fails_leaves_what_was_there(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_synthetic(tmp_path / f"d{suffix}")
+    before = SequenceDataset(path, 2, 2).fingerprint
+    replace = os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if str(source).endswith(".tmp"):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr("pdp.data.os.replace", fail)
+    with pytest.raises(NoSpace):
+        write_dataset(path, **COUNTING, force=True)
+    assert SequenceDataset(path, 2, 2).fingerprint == before
+    assert [one.name for one in tmp_path.iterdir()] == [f"d{suffix}"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_data_of_zeros_are_written_and_read(suffix: str, tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / f"d{suffix}", numpy.zeros((10, 2)), numpy.zeros((10, 1)), [4, 10])
+    assert not SequenceDataset(path, 2, 2).tensors()["obs"].any()
+
+
+def test_a_zip_reads_as_the_folder_that_it_holds(tmp_path: Path) -> None:
+    folder = write_synthetic(tmp_path / "d.zarr")
+    data, other = SequenceDataset(zipped(folder), 2, 2), SequenceDataset(folder, 2, 2)
+    assert (data.fingerprint, data.recipe) == (other.fingerprint, other.recipe)
+    with pytest.raises(DatasetError, match="a zip is read, not written"):
+        write_dataset(tmp_path / "new.zip", **COUNTING)
+
+
+def test_reading_changes_nothing(tmp_path: Path) -> None:
+    folder = write_synthetic(tmp_path / "d.zarr")
+    paths = [folder, zipped(folder), write_synthetic(tmp_path / "d.h5")]
+    files = [one for path in paths for one in (path, *path.rglob("*")) if one.is_file()]
+    before = [(one.read_bytes(), one.stat().st_mtime_ns) for one in files]
+    for path in paths:
+        SequenceDataset(path, 2, 2)
+    assert [(one.read_bytes(), one.stat().st_mtime_ns) for one in files] == before
+
+
+@pytest.mark.parametrize("place", ["state", "data/state"])
+def test_arrays_of_other_names_are_read_when_they_are_given(place: str, tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "d.h5", **COUNTING)
+    with h5py.File(path, "a") as file:
+        file.move("data/obs", place)
+    assert SequenceDataset(path, 2, 2, keys={"obs": "state"}).obs_dim == 1
+    with pytest.raises(DatasetError, match=r"has no obs \(nor data/obs\)"):
+        SequenceDataset(path, 2, 2)
+    with pytest.raises(DatasetError, match=r"has no image \(nor data/image\)"):
+        SequenceDataset(path, 2, 2, keys={"obs": "image"})
+    with pytest.raises(InvalidInput, match="keys has 'reward'; expected some of obs, action, episode_ends"):
+        SequenceDataset(path, 2, 2, keys={"reward": "reward"})
+
+
+def test_attributes_of_others_files_are_a_recipe_as_far_as_json_has_them(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "d.h5", **COUNTING)
+    with h5py.File(path, "a") as file:
+        del file.attrs["recipe"]
+        given = {"recipe": "walk 3", "sizes": numpy.array([1, 2]), "by": numpy.bytes_(b"us"), "rate": numpy.float32(2)}
+        for key, value in {**given, "nan": numpy.nan, "empty": h5py.Empty("f")}.items():
+            file.attrs[key] = value
+    assert SequenceDataset(path, 2, 2).recipe == {"recipe": "walk 3", "sizes": [1, 2], "by": "us", "rate": 2.0}
+
+
+def test_tensors_lists_and_read_only_arrays_are_written_as_others_are(tmp_path: Path) -> None:
+    tensors = {name: torch.as_tensor(values) for name, values in COUNTING.items()}
+    tensors["obs"].requires_grad_()
+    fixed = {name: numpy.array(values) for name, values in COUNTING.items()}
+    for one in fixed.values():
+        one.flags.writeable = False
+    found = {
+        SequenceDataset(write_dataset(tmp_path / f"{place}.h5", **given), 2, 2).fingerprint
+        for place, given in enumerate((COUNTING, tensors, fixed, {name: one.tolist() for name, one in tensors.items()}))
+    }
+    assert len(found) == 1
+
+
 # ---------------------------------------------------------------- broken data sets
 
 
@@ -141,6 +240,24 @@ def test_a_chunk_that_is_not_there_is_no_row_of_zeros(tmp_path: Path) -> None:
         SequenceDataset(path, 2, 2)
 
 
+def test_a_chunk_or_shard_that_a_zip_or_folder_lacks_is_named(tmp_path: Path) -> None:
+    folder = write_synthetic(tmp_path / "d.zarr")
+    with pytest.raises(DatasetError, match="action is cut short: 1 of its 1 chunks are not there"):
+        SequenceDataset(zipped(folder, without="data/action/0.0"), 2, 2)
+    path = tmp_path / "sharded.zarr"
+    root = zarr.open_group(str(path), mode="w")
+    for name, values in COUNTING.items():
+        array = numpy.asarray(values)
+        shape = (1,) if name == "episode_ends" else (2, 1)
+        shards = (1,) if name == "episode_ends" else (4, 1)
+        made = root.create_array(name, shape=array.shape, dtype=array.dtype, chunks=shape, shards=shards)
+        made[...] = array
+    assert len(SequenceDataset(path, 2, 2)) == 10
+    (path / "action" / "c" / "1" / "0").unlink()
+    with pytest.raises(DatasetError, match="action is cut short"):
+        SequenceDataset(path, 2, 2)
+
+
 def test_a_torn_chunk_or_file_is_refused(tmp_path: Path) -> None:
     folder = write_synthetic(tmp_path / "d.zarr")
     (chunk,) = [path for path in (folder / "data" / "obs").rglob("*") if path.is_file() and path.name[0] != "."]
@@ -150,7 +267,9 @@ def test_a_torn_chunk_or_file_is_refused(tmp_path: Path) -> None:
     text = tmp_path / "text.h5"
     text.write_text("no data")
     (tmp_path / "empty.zarr").mkdir()
-    for path in (folder, file, text, tmp_path / "empty.zarr"):
+    torn = zipped(write_synthetic(tmp_path / "whole.zarr"))
+    torn.write_bytes(torn.read_bytes()[:500])
+    for path in (folder, file, text, tmp_path / "empty.zarr", torn):
         with pytest.raises(DatasetError, match=path.name):
             SequenceDataset(path, 2, 2)
 
@@ -163,6 +282,7 @@ def test_a_torn_chunk_or_file_is_refused(tmp_path: Path) -> None:
         ({"episode_ends": [4, 4, 10]}, r"episode_ends\[1\] is 4; expected ends that ascend"),
         ({"episode_ends": [0, 10]}, r"episode_ends\[0\] is 0"),
         ({"episode_ends": []}, r"episode_ends is of the form \(0,\)"),
+        ({"obs": numpy.full((10, 1), 1e300)}, "obs has .* too large for float32, the first at step 0, in 10 steps"),
         ({"action": COUNTING["action"][:9]}, "obs has 10 rows and action 9"),
         ({"obs": numpy.zeros((10, 2, 2))}, r"obs is of the form \(10, 2, 2\); expected \(steps, dim\)"),
         ({"obs": numpy.zeros((10, 0))}, r"obs is of the form \(10, 0\)"),
@@ -201,6 +321,20 @@ def test_a_path_that_is_no_data_set_is_named(tmp_path: Path) -> None:
     (tmp_path / "d.npz").write_bytes(b"")
     with pytest.raises(DatasetError, match=r"expected a zarr folder or zip, or an HDF5 file .* found \.npz"):
         SequenceDataset(tmp_path / "d.npz", 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"episode_ends": [4.5, 10.0]}, "episode_ends holds float64; expected whole numbers"),
+        ({"obs": [["a"]] * 10}, "obs holds <U1; expected numbers"),
+        ({"obs": [[1.0], [1.0, 2.0]]}, "obs is no array"),
+    ],
+)
+def test_what_is_no_array_of_numbers_is_not_written(changed: dict[str, Any], named: str, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=named):
+        write_dataset(tmp_path / "d.zarr", **{**COUNTING, **changed})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
