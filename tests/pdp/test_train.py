@@ -141,7 +141,7 @@ def test_every_key_of_the_configurations_that_come_along_is_known() -> None:
         if OmegaConf.select(given, "policy.model") is not None:
             given.policy.model = {}
         if OmegaConf.select(given, "policy.lora") is not None:
-            with pytest.raises(InvalidInput, match="policy.lora.base_model_path not set in the configuration"):
+            with pytest.raises(InvalidInput, match=r"policy\.lora\.base_model_path not set in the configuration"):
                 read_config(given)
             given.policy.lora.base_model_path = "registry://walk/base"
         read_config(given)
