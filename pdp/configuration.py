@@ -186,10 +186,12 @@ def read_config(given: Any, *, unknown: list[str] | None = None) -> Any:
         ConfigError: an unknown key (with the near one), or a value of another type.
     """
     if isinstance(given, DictConfig):
-        missing = OmegaConf.missing_keys(given) - MAY_BE_MISSING
-        if missing:
-            raise ConfigError(f"{', '.join(sorted(missing))} not set in the configuration; give a value (key=value)")
         try:
+            missing = OmegaConf.missing_keys(given) - MAY_BE_MISSING
+            if missing:
+                raise ConfigError(
+                    f"{', '.join(sorted(missing))} not set in the configuration; give a value (key=value)"
+                )
             plain = OmegaConf.to_container(given, resolve=True)
         except OmegaConfBaseException as error:
             raise ConfigError(f"the configuration cannot be resolved: {_first_line(error)}") from error
