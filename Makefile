@@ -23,9 +23,10 @@ help: ## This list
 
 setup: $(READY) ## .venv with everything, from constraints-cpu.txt; the others do it when needed
 
-demo: $(READY) ## Train, push, tag, load and list adapters of a real model; read files of an older framework
+demo: $(READY) ## Adapters of a real model; files of an older framework; a diffusion policy trained and resumed
 	$(BIN)/python examples/minilm_adapters.py
 	$(BIN)/python examples/legacy_files.py
+	$(BIN)/python examples/lora_save_load_example.py
 
 # worksteal keeps a module's tests on one worker, so that models and servers are made once, and still ends evenly.
 # One thread a worker: two workers with two threads each take longer on two cores.

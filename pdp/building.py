@@ -25,17 +25,46 @@ FOR_TRAINING = frozenset(("p_drop_emb", "p_drop_attn", "obs_type", "past_action_
 """Arguments that change nothing of what a network in eval mode computes."""
 
 
-def build_network(checkpoint: Checkpoint, classes: Iterable[type[nn.Module]] = ()) -> nn.Module:
-    """A network of a checkpoint's form, with new weights.
+def build_network(
+    checkpoint: Checkpoint, weights: Mapping[str, Tensor], classes: Iterable[type[nn.Module]] = ()
+) -> nn.Module:
+    """A network of a checkpoint's form, with new values, in the dtype of the weights that it is for.
+
+    Args:
+        weights: of the network, under its own names. What was recorded has to agree with them before anything is built.
 
     Raises:
-        CheckpointError: arguments that its class does not take, or tensors from which they cannot be told.
+        CheckpointError: arguments that its class does not take or the weights contradict, or weights from which they
+            cannot be told.
     """
-    classes = tuple(classes)
     recorded = checkpoint.architecture
     if recorded is None:
-        recorded = Architecture("", read_off_shapes(checkpoint.base, checkpoint.what))
-    return make_network(recorded, classes, checkpoint.what, CheckpointError)
+        recorded = Architecture("", read_off_shapes(weights, checkpoint.what))
+    else:
+        check_recorded(recorded, weights, checkpoint.what)
+    network = make_network(recorded, tuple(classes), checkpoint.what, CheckpointError)
+    dtypes = {one.dtype for one in weights.values() if one.is_floating_point()}
+    return network.to(dtypes.pop()) if len(dtypes) == 1 else network
+
+
+def check_recorded(recorded: Architecture, weights: Mapping[str, Tensor], what: str) -> None:
+    """Holds recorded arguments against the weights: who asks for more than these are is not built.
+
+    Raises:
+        CheckpointError: they contradict each other.
+    """
+    most = sum(one.numel() for one in weights.values())
+    for name, value in recorded.arguments.items():
+        if isinstance(value, int) and abs(value) > most:
+            raise CheckpointError(f"{what} says {name}={value}, and its network has {most} numbers in all")
+    if recorded.class_name.rpartition(".")[2] not in ("", DEFAULT_CLASS.__qualname__):
+        return
+    for name, size in _shown_sizes(weights, what).items():
+        said = recorded.arguments.get(name, size)
+        if said != size:
+            raise CheckpointError(
+                f"{what} says {name}={said!r}, and its tensors have {size!r}; it was put together wrongly"
+            )
 
 
 def make_network(
@@ -60,6 +89,20 @@ def read_off_shapes(base: Mapping[str, Tensor], what: str) -> dict[str, Any]:
     Raises:
         CheckpointError: the tensors are of another network.
     """
+    arguments = {**_shown_sizes(base, what), "obs_type": "ref"}
+    defaults = inspect.signature(DEFAULT_CLASS).parameters
+    assumed = ", ".join(f"{name}={defaults[name].default}" for name in NOT_IN_SHAPES)
+    warnings.warn(
+        f"{what} does not say how its network was made; taken as the default, as no shape shows it: {assumed}. If that "
+        "is not so, outputs are wrong: build the network yourself, and load into that",
+        CheckpointWarning,
+        stacklevel=user_level(),
+    )
+    return arguments
+
+
+def _shown_sizes(base: Mapping[str, Tensor], what: str) -> dict[str, Any]:
+    """The arguments that names and shapes show."""
     sizes: dict[str, int] = {}
     for name, dimensions in _SHOWN.items():
         tensor = base.get(name)
@@ -72,20 +115,15 @@ def read_off_shapes(base: Mapping[str, Tensor], what: str) -> dict[str, Any]:
             )
         for dimension, argument in dimensions.items():
             sizes[argument] = tensor.shape[dimension]
-    arguments: dict[str, Any] = {**sizes, "T_obs": sizes.pop("T_cond") - 1, "obs_type": "ref"}
-    arguments.pop("T_cond", None)
+    arguments: dict[str, Any] = {"T_obs": sizes.pop("T_cond") - 1, **sizes}
     for stack in ("encoder", "decoder"):
-        numbers = [int(name.split(".")[2]) for name in base if name.startswith(f"{stack}.blocks.")]
-        arguments[f"n_{stack}_layers"] = 1 + max(numbers, default=-1)
+        blocks = {name.split(".")[2] for name in base if name.startswith(f"{stack}.blocks.")}
+        if blocks != {str(number) for number in range(len(blocks))}:
+            raise CheckpointError(
+                f"{what}: the blocks of its {stack} are {shown(', '.join(sorted(blocks)))}; some are missing"
+            )
+        arguments[f"n_{stack}_layers"] = len(blocks)
     arguments["causal_attn"] = "mask" in base
-    defaults = inspect.signature(DEFAULT_CLASS).parameters
-    assumed = ", ".join(f"{name}={defaults[name].default}" for name in NOT_IN_SHAPES)
-    warnings.warn(
-        f"{what} does not say how its network was made; taken as the default, as no shape shows it: {assumed}. If that "
-        "is not so, outputs are wrong: build the network yourself, and load into that",
-        CheckpointWarning,
-        stacklevel=user_level(),
-    )
     return arguments
 
 

@@ -7,22 +7,27 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from pdp.errors import CheckpointError
+from pdp.errors import CheckpointError, SettingsMissing
 from pdp.files import check_path, is_registry_url, on_cpu, write_tree
 from pdp.lora_settings import LoraSettings, read_settings, settings_of_peft
+from pdp.saving import wait_for_all
 from pdp.state_names import adapter_part, base_part, by_network_name, modules_of, normalizer_of
 from registry import Registry
+from registry.core.adapter_config import read_adapter_config
 from registry.core.architecture import Architecture
 from registry.core.reference import shown
-from registry.formats.paths import CONFIG_IN_HEADER
+from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_TENSORS, CONFIG_IN_HEADER
+from registry.formats.source import read_small
 
 MODEL_CONFIG = "model_config"
 """Key of the network's class and constructor arguments in our files."""
@@ -75,7 +80,9 @@ class Checkpoint(ABC):
     def network(self) -> dict[str, Tensor]:
         """Tensors of the network, under the names of the bare network; with an adapter's, if it has one. Of a version
         that is an adapter, the adapter's alone."""
-        role = "model" if "model" in self.roles else "adapter"
+        role = next((one for one in ("model", "adapter") if one in self.roles), None)
+        if role is None:
+            raise CheckpointError(f"{self.what} holds no network, only {', '.join(sorted(self.roles)) or 'nothing'}")
         return by_network_name(_tensors(self.state(role), self.what), self.what)
 
     @cached_property
@@ -116,9 +123,9 @@ class Checkpoint(ABC):
         if self.peft_config is not None:
             return settings_of_peft(self.peft_config, modules_of(adapter), what=self.what)
         if adapter:
-            raise CheckpointError(
+            raise SettingsMissing(
                 f"{self.what} holds an adapter without its settings, so its lora_alpha is unknown; save it with "
-                "save_lora_adapters, or load it into a LoRA model that you made with the right ones"
+                "save_lora_adapters, or load it into a LoRA model that you made with the right ones, with strict=False"
             )
         return None
 
@@ -129,9 +136,10 @@ class FileCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         from registry.formats.loaded_payload import load_payload
 
-        self.path = path
+        wait_for_all()
+        self.path = _tensors_in(path)
         self.what = shown(str(path), 200)
-        self._loaded = load_payload(path)
+        self._loaded = load_payload(self.path)
         self.roles = frozenset(self._loaded.state_dicts)
         self.training = {**_from_header(self._loaded.header, self.what), **self._loaded.training}
 
@@ -143,7 +151,7 @@ class FileCheckpoint(Checkpoint):
     @property
     def payload(self) -> dict[str, Any]:
         tree = self._loaded.tree
-        return tree if isinstance(tree, dict) else {"model": tree}
+        return {**tree, **_counts(self.training)} if isinstance(tree, dict) else {"model": tree}
 
     @property
     def saved_settings(self) -> object | None:
@@ -152,7 +160,12 @@ class FileCheckpoint(Checkpoint):
     @cached_property
     def peft_config(self) -> Mapping[str, Any] | None:
         text = self._loaded.header.get(CONFIG_IN_HEADER)
-        return None if text is None else _object(text, f"{self.what}, {CONFIG_IN_HEADER}")
+        if text is not None:
+            return _object(text, f"{self.what}, {CONFIG_IN_HEADER}")
+        beside = self.path.with_name(ADAPTER_CONFIG)
+        if self.path.name not in (ADAPTER_TENSORS, ADAPTER_PICKLE) or not beside.is_file():
+            return None
+        return read_adapter_config(read_small(beside), shown(str(beside), 200)).document
 
 
 class RegistryCheckpoint(Checkpoint):
@@ -174,11 +187,14 @@ class RegistryCheckpoint(Checkpoint):
         self.what = f"registry://{self.reference}"
         self.roles = frozenset(details.contents.components)
         self._config = details.contents.config
+        self._states: dict[str, Any] = {}
 
     def state(self, role: str) -> Any:
         if role not in self.roles:
             raise _no_such(self, role)
-        return self.registry.load(self.reference, component=role)
+        if role not in self._states:
+            self._states[role] = self.registry.load(self.reference, component=role)
+        return self._states[role]
 
     @cached_property
     def training(self) -> Mapping[str, Any]:  # type: ignore[override]
@@ -186,8 +202,11 @@ class RegistryCheckpoint(Checkpoint):
 
     @property
     def payload(self) -> dict[str, Any]:
-        states = {role: self.state(role) for role in sorted(self.roles - {"training"})}
-        return {"state_dicts": states, **self.training}
+        states = {_SAVED_AS.get(role, role): self.state(role) for role in sorted(self.roles - {"training"})}
+        pickles = {key: value for key, value in self.training.items() if key != "cfg"}
+        if self.settings is not None:
+            pickles["lora_config"] = self.settings.to_payload()
+        return {"cfg": self.training.get("cfg"), "state_dicts": states, "pickles": pickles, **_counts(self.training)}
 
     @cached_property
     def peft_config(self) -> Mapping[str, Any] | None:
@@ -198,24 +217,45 @@ class RegistryCheckpoint(Checkpoint):
         return self.registry.architecture(self.reference) or _architecture(self.training, self.what)
 
 
-def open_registry(registry: Registry | str | os.PathLike[str] | None) -> Registry:
-    """The registry that was given, or the one that `Registry.open` finds for an address or for nothing."""
-    return registry if isinstance(registry, Registry) else Registry.open(registry)
+@contextmanager
+def opened(registry: Registry | str | os.PathLike[str] | None) -> Iterator[Registry]:
+    """The registry that was given; or the one that `Registry.open` finds for an address or for nothing, closed at the
+    end."""
+    if isinstance(registry, Registry):
+        yield registry
+        return
+    with Registry.open(registry) as found:
+        yield found
 
 
 def read_checkpoint(
-    path: str | os.PathLike[str], registry: Registry | str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str] | Checkpoint, registry: Registry | str | os.PathLike[str] | None = None
 ) -> FileCheckpoint | RegistryCheckpoint:
-    """Opens a file or a `registry://` URL.
+    """Opens a file, a folder of PEFT's, or a `registry://` URL. Saves of this process that are under way end first.
 
     Args:
+        path: an opened checkpoint is given back as it is.
         registry: where URLs are looked up; by default as the command line does (`$REGISTRY_URL`, `.registry/`, ...).
 
     Raises:
         InvalidInput: neither of the two, a torn file, or one that would run code; NotFound, StorageError
     """
+    if isinstance(path, FileCheckpoint | RegistryCheckpoint):
+        return path
+    if isinstance(path, Checkpoint):
+        raise TypeError(f"a {type(path).__name__} is no checkpoint of this module")
     if is_registry_url(path):
-        return RegistryCheckpoint(open_registry(registry), os.fspath(path))
+        wait_for_all()
+        if isinstance(registry, Registry):
+            return RegistryCheckpoint(registry, os.fspath(path))
+        found = Registry.open(registry)
+        try:
+            checkpoint = RegistryCheckpoint(found, os.fspath(path))
+        except BaseException:
+            found.close()
+            raise
+        weakref.finalize(checkpoint, found.close)
+        return checkpoint
     return FileCheckpoint(check_path(path))
 
 
@@ -239,6 +279,27 @@ def model_config(model: Any) -> dict[str, Any] | None:
     if not isinstance(arguments, Mapping):
         return None
     return {"class": f"{type(model).__module__}.{type(model).__qualname__}", "arguments": dict(arguments)}
+
+
+_SAVED_AS = {"ema": "ema_model"}
+
+
+def _counts(training: Mapping[str, Any]) -> dict[str, Any]:
+    """How far a run was, which forms keep in different places."""
+    return {key: training[key] for key in ("epoch", "global_step", "metadata") if key in training}
+
+
+def _tensors_in(path: Path) -> Path:
+    """The file itself, or that of the tensors in a folder of `save_pretrained`."""
+    if not path.is_dir():
+        return path
+    found = next((path / name for name in (ADAPTER_TENSORS, ADAPTER_PICKLE) if (path / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(
+            f"{shown(str(path), 200)} is a folder without {ADAPTER_TENSORS}; give a checkpoint file, or a folder of "
+            "PEFT's"
+        )
+    return found
 
 
 def _architecture(training: Mapping[str, Any], what: str) -> Architecture | None:

@@ -57,4 +57,9 @@ def call(kind: type, arguments: Mapping[str, Any], what: str, error: type[Invali
     missing = [name for name, one in takes.items() if one.default is one.empty and name not in arguments]
     if missing:
         raise error(f"{what}: {kind.__name__} needs {', '.join(missing)} as well")
-    return kind(**arguments)
+    try:
+        return kind(**arguments)
+    except InvalidInput:
+        raise
+    except (TypeError, ValueError, NotImplementedError, RuntimeError, OverflowError, AttributeError) as refusal:
+        raise error(f"{what}: {kind.__name__} does not take these arguments: {shown(str(refusal), 200)}") from refusal

@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pdp.errors import ConfigError
-from registry.core.reference import shown
+from registry.core.reference import URL_SCHEME, shown
 
 WORKSPACE = "pdp.workspace.DiffusionPolicyWorkspace"
 
@@ -97,6 +99,7 @@ class TrainingConfig:
     max_steps: int | None = None
     """Gradient steps in all; null: num_epochs epochs."""
     lr_scheduler: str = "cosine"
+    """By diffusers' names: cosine, linear, constant, polynomial, ..."""
     lr_warmup_steps: int = 500
     use_ema: bool = True
     max_grad_norm: float | None = 1.0
@@ -197,6 +200,7 @@ def read_config(given: Any, *, unknown: list[str] | None = None) -> Any:
             raise ConfigError(f"the configuration cannot be resolved: {_first_line(error)}") from error
     else:
         plain = given
+    _refuse_interpolations(plain, "")
     if not isinstance(plain, Mapping):
         raise ConfigError(
             f"the configuration is a {type(given).__name__}; expected a mapping with policy, training, ..."
@@ -218,6 +222,17 @@ def read_config(given: Any, *, unknown: list[str] | None = None) -> Any:
     OmegaConf.set_readonly(merged, True)
     _check_ranges(merged)
     return merged
+
+
+def _refuse_interpolations(tree: Any, path: str) -> None:
+    """What OmegaConf would resolve in plain data: a resolver may read the environment, or run what it is told."""
+    if isinstance(tree, str) and "${" in tree:
+        raise ConfigError(
+            f"{path or 'the configuration'} is {shown(tree)}; give the value, or a configuration of OmegaConf"
+        )
+    for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else ():
+        _refuse_interpolations(key, path)
+        _refuse_interpolations(value, f"{path}.{key}" if path else str(key))
 
 
 _SECTION = object()
@@ -257,6 +272,13 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_ranges(cfg: Any) -> None:
+    name = cfg.logging.metrics_file
+    if not name or name.startswith(".") or Path(name).name != name:
+        raise ConfigError(f"logging.metrics_file is {shown(cfg.logging.metrics_file)}; expected the name of a file")
+    for key in ("push", "push_policy", "push_adapter"):
+        value = cfg.registry[key]
+        if value is not None and not value.startswith(URL_SCHEME):
+            raise ConfigError(f"registry.{key} is {shown(value)}; expected a URL such as registry://walk/run:night")
     at_least = {
         "training.num_epochs": (cfg.training.num_epochs, 0),
         "training.lr_warmup_steps": (cfg.training.lr_warmup_steps, 0),
@@ -269,14 +291,23 @@ def _check_ranges(cfg: Any) -> None:
         "val_dataloader.num_workers": (cfg.val_dataloader.num_workers, 0),
         "logging.log_every": (cfg.logging.log_every, 1),
         "checkpoint.topk.k": (cfg.checkpoint.topk.k, 0),
+        "training.seed": (cfg.training.seed, 0),
+        "dataset.seed": (cfg.dataset.seed, 0),
+        "optimizer.weight_decay": (cfg.optimizer.weight_decay, 0),
     }
     for key, (value, least) in at_least.items():
-        if value < least:
+        if not least <= value < 2**63:
             raise ConfigError(f"{key} is {value}; expected {least} or more")
     if cfg.training.max_steps is not None and cfg.training.max_steps < 1:
         raise ConfigError(f"training.max_steps is {cfg.training.max_steps}; expected 1 or more, or null")
-    if cfg.optimizer.lr <= 0:
-        raise ConfigError(f"optimizer.lr is {cfg.optimizer.lr}; expected a positive number")
+    limit = cfg.training.max_grad_norm
+    positive = {"optimizer.lr": cfg.optimizer.lr, "optimizer.eps": cfg.optimizer.eps}
+    for key, value in (positive | ({} if limit is None else {"training.max_grad_norm": limit})).items():
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{key} is {value}; expected a positive number")
+    betas = list(cfg.optimizer.betas)
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ConfigError(f"optimizer.betas is {betas}; expected two numbers from 0 to below 1")
 
 
 def check_override(text: str) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from pdp.training_state import check_count, is_number, told
 from registry.core.errors import InvalidInput
-from registry.core.reference import shown
+
+_MEND = "load with exclude_keys=['ema_model'] to begin a new average"
 
 
 class EMAModel:
@@ -112,17 +114,40 @@ class EMAModel:
         """Takes over the counters.
 
         Raises:
-            InvalidInput: they are not there, or no numbers.
+            InvalidInput: they are not there, or no numbers within their range; nothing is changed.
         """
-        try:
-            decay, steps = float(state["decay"]), int(state["optimization_step"])
-        except (KeyError, TypeError, ValueError) as error:
+        self.fit_state(state, "the state of the moving average")()
+
+    def fit_state(self, state: Any, what: str) -> Callable[[], None]:
+        """Looks at counters.
+
+        Args:
+            what: names the checkpoint.
+
+        Returns:
+            A function that takes them over; until it is called, nothing is changed.
+
+        Raises:
+            InvalidInput: they are not there, or no numbers within their range.
+        """
+        if not isinstance(state, Mapping) or not {"decay", "optimization_step"} <= set(state):
             raise InvalidInput(
-                f"counters of a moving average: expected numbers decay and optimization_step, found {shown(str(state))}"
-            ) from error
-        if not 0 <= decay <= 1 or steps < 0:
-            raise InvalidInput(f"decay {decay} and optimization_step {steps}: expected 0 to 1, and a step from 0")
-        self.decay, self.optimization_step = decay, steps
+                f"{what}: counters of a moving average: expected numbers decay and optimization_step, found "
+                f"{told(state)}; {_MEND}"
+            )
+        decay = state["decay"]
+        if isinstance(decay, Tensor) and decay.dim() == 0 and not decay.is_meta:
+            decay = decay.item()
+        if not is_number(decay) or not 0 <= decay <= 1:
+            raise InvalidInput(
+                f"{what}: decay of the moving average is {told(state['decay'])}; expected a number from 0 to 1; {_MEND}"
+            )
+        decay, steps = float(decay), check_count(state["optimization_step"], "optimization_step", what)
+
+        def take() -> None:
+            self.decay, self.optimization_step = decay, steps
+
+        return take
 
 
 def _is_batch_norm(module: nn.Module) -> bool:

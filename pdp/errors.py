@@ -20,6 +20,10 @@ class CheckpointError(InvalidInput):
     """A checkpoint that does not hold what was asked of it."""
 
 
+class SettingsMissing(CheckpointError):
+    """An adapter that does not say with which settings it was trained."""
+
+
 class TrainingDiverged(RegistryError, ArithmeticError):
     """The loss or a gradient is not finite.
 

@@ -3,10 +3,16 @@ written to a `.pth` opens with `torch.load(weights_only=True)`."""
 
 from __future__ import annotations
 
+import glob
+import inspect
 import json
 import os
+import re
 import secrets
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,12 +20,18 @@ import numpy
 import torch
 from torch import Tensor
 
+from registry import Registry
 from registry.core.errors import InvalidInput
 from registry.core.reference import URL_SCHEME, shown
+from registry.formats.live import tensor_file
 from registry.operations.pull import write_errors
 from registry.store.durable import sync_folder
 
 SAFETENSORS = ".safetensors"
+STALE_SECONDS = 3600
+_REFERENCE = re.compile(
+    r"[a-z0-9][a-z0-9._-]*/[a-z0-9][a-z0-9._-]*(:[A-Za-z0-9_][A-Za-z0-9._-]*|@[0-9]+|@sha256:[0-9a-f]+)"
+)
 
 
 def is_registry_url(path: str | os.PathLike[str]) -> bool:
@@ -36,11 +48,39 @@ def check_path(path: str | os.PathLike[str]) -> Path:
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise InvalidInput(f"{shown(repr(path))} is no path; give a file (.pth, .safetensors) or a registry:// URL")
     text = os.fspath(path)
-    if "://" in text:
+    if not isinstance(text, str) or "\0" in text:
+        raise InvalidInput(f"{shown(repr(text))}: a path is text without NUL")
+    if "://" in text or text.startswith("registry:"):
         raise InvalidInput(
             f"{shown(text)} is neither a file nor a registry:// URL such as registry://walk/perturb:prod"
         )
-    return Path(text)
+    if _REFERENCE.fullmatch(text):
+        raise InvalidInput(
+            f"{shown(text)} looks like a version; write registry://{shown(text)}, or ./{shown(text)} for a file"
+        )
+    return Path(text).expanduser()
+
+
+def refuse_push_options(options: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        InvalidInput: there are some, and what is saved to is a file.
+    """
+    if options:
+        raise InvalidInput(f"{', '.join(options)} belong to a push; give a registry:// URL, or leave them out")
+
+
+def check_push_options(options: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        InvalidInput: `Registry.push` has no such option; the message has the near one.
+    """
+    known = [name for name, one in inspect.signature(Registry.push).parameters.items() if one.kind == one.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise InvalidInput(f"a push has no option {shown(name)}; {hint}")
 
 
 def on_cpu(tree: Any, what: str = "the checkpoint", *, copy: bool = False) -> Any:
@@ -73,7 +113,7 @@ def on_cpu(tree: Any, what: str = "the checkpoint", *, copy: bool = False) -> An
         if isinstance(value, list):
             return [plain(item, f"{where}[{place}]") for place, item in enumerate(value)]
         if isinstance(value, set | frozenset):
-            return sorted(plain(item, where) for item in value)
+            return sorted((plain(item, where) for item in value), key=repr)
         if isinstance(value, numpy.generic):
             return value.item()
         if isinstance(value, os.PathLike):
@@ -109,6 +149,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(path)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
             with open(temporary, "xb") as file:
@@ -120,6 +161,14 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+def _remove_stale(path: Path) -> None:
+    """Removes what a process that was killed while it wrote this file has left behind."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
+        with suppress(FileNotFoundError):  # somebody else was faster
+            if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                left.unlink()
 
 
 def write_tree(path: Path, tree: Mapping[str, Any]) -> None:
@@ -151,22 +200,14 @@ def save_pth(tree: Mapping[str, Any], file: BinaryIO) -> None:
 
 
 def write_flat(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Writes a flat `.safetensors` file, its metadata as JSON.
+    """Writes a flat `.safetensors` file, its metadata as JSON. Tied tensors are written under each of their names.
 
     Args:
-        tensors: on the CPU; two names may not share memory.
+        tensors: on the CPU.
 
     Raises:
         NoSpace, ReadOnly, StorageError: nothing has changed.
     """
-    from safetensors.torch import save
-
     text = {"format": "pt", **{key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}}
-    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=text)
-    write_file(path, lambda file: _write_all(file, data))
-
-
-def _write_all(file: BinaryIO, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
+    made = tensor_file(path.name, "model", tensors, text)
+    write_file(path, lambda file: file.writelines(made.chunks()))

@@ -16,7 +16,7 @@ from pdp.building import build_network
 from pdp.checkpoints import Checkpoint, read_checkpoint
 from pdp.errors import CheckpointError, CheckpointWarning, user_level
 from pdp.state_names import by_network_name
-from registry.core.errors import Incompatible, InvalidInput
+from registry.core.errors import Incompatible
 from registry.core.findings import Finding
 from registry.core.tensor_names import is_adapter_tensor
 from registry.operations.copying import copy_into, differences
@@ -44,6 +44,7 @@ def fit(
     only_adapter: bool = False,
     refused: Sequence[Finding] = (),
     mismatch: Sequence[str] = (),
+    quiet: bool = False,
 ) -> Callable[[], None]:
     """Looks whether tensors fit a model, and warns of what a lenient load lets pass.
 
@@ -55,6 +56,7 @@ def fit(
         only_adapter: the tensors belong into the adapter of the model, and nothing of its base is changed or missed.
         refused: what the caller found already.
         mismatch: in which LoRA settings checkpoint and model differ, to be warned of.
+        quiet: do not warn; the same was said before.
 
     Returns:
         A function that copies them; until it is called, the model is unchanged.
@@ -74,24 +76,26 @@ def fit(
     fitting = {name: tensor for name, tensor in given.items() if name in targets and name not in lenient}
     if not fitting:
         raise Incompatible(f"{misfit}: none of its {len(given)} tensors does; nothing was changed", found)
-    if mismatch:
+    if mismatch and not quiet:
         say(f"LoRA configuration mismatch! {what} and this model differ in {'; '.join(mismatch)}")
-    _say_differences(found)
+    if not quiet:
+        _say_differences(found)
     places = {name: targets[name] for name in fitting}
     return lambda: copy_into(model, places, fitting, strict=True, what=what)
 
 
-def fit_average(averaged: nn.Module, checkpoint: Checkpoint) -> Callable[[], None]:
-    """The same for a moving average, which begins with the weights where the checkpoint has none.
+def fit_average(averaged: nn.Module, checkpoint: Checkpoint, *, strict: bool) -> Callable[[], None]:
+    """The same for a moving average, which begins with the weights where the checkpoint has none. It warns of nothing
+    that the weights were not warned of.
 
     Raises:
         Incompatible: it does not fit.
     """
     if "ema" in checkpoint.roles:
-        return fit(averaged, checkpoint.averaged, strict=True, what=checkpoint.what)
+        return fit(averaged, checkpoint.averaged, strict=strict, what=checkpoint.what, quiet=True)
     say(f"{checkpoint.what} holds no moving average; it begins with the weights")
     only_adapter = "model" not in checkpoint.roles
-    return fit(averaged, checkpoint.network, strict=True, what=checkpoint.what, only_adapter=only_adapter)
+    return fit(averaged, checkpoint.network, strict=strict, what=checkpoint.what, only_adapter=only_adapter, quiet=True)
 
 
 def _lets_pass(finding: Finding, targets: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> bool:
@@ -141,50 +145,8 @@ def refused_arguments(differing: Iterable[str]) -> list[Finding]:
     ]
 
 
-def fit_optimizer(optimizer: Any, state: Any, what: str) -> Callable[[], None]:
-    """Looks whether an optimizer's state is of its parameters, which torch does not.
-
-    Returns:
-        A function that loads a copy of it.
-
-    Raises:
-        Incompatible: groups or shapes differ.
-        InvalidInput: no state of an optimizer.
-    """
-    if not isinstance(state, Mapping) or not {"state", "param_groups"} <= set(state):
-        raise InvalidInput(f"{what} holds no state of an optimizer; load with load_optimizer=False")
-    mine = [group["params"] for group in optimizer.param_groups]
-    others = [group["params"] for group in state["param_groups"]]
-    sizes = [len(one) for one in mine], [len(one) for one in others]
-    mend = "make the optimizer with get_optim_groups of the same model, or load with load_optimizer=False"
-    if sizes[0] != sizes[1]:
-        finding = Finding("C08", "error", "optimizer", "parameters a group differ", str(sizes[0]), str(sizes[1]), mend)
-        raise Incompatible(f"the optimizer of {what} is of other parameters; nothing was changed", [finding])
-    wrong = []
-    for parameters, keys in zip(mine, others, strict=True):
-        for parameter, key in zip(parameters, keys, strict=True):
-            for name, value in (state["state"].get(key) or {}).items():
-                if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
-                    subject, expected, found = f"{name} of parameter {key}", tuple(parameter.shape), tuple(value.shape)
-                    wrong.append(Finding("C08", "error", subject, "the shapes differ", str(expected), str(found), mend))
-    if wrong:
-        raise Incompatible(f"the optimizer of {what} is of other parameters; nothing was changed", wrong)
-    # torch keeps the very tensors of the state where the device agrees, and training then writes to them.
-    return lambda: optimizer.load_state_dict(_copied(state))
-
-
-def _copied(tree: Any) -> Any:
-    if isinstance(tree, Tensor):
-        return tree.clone()
-    if isinstance(tree, Mapping):
-        return {key: _copied(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(_copied(value) for value in tree)
-    return tree
-
-
 def load_network(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Checkpoint,
     *,
     classes: Iterable[type[nn.Module]] = (),
     use_ema: bool = False,
@@ -209,6 +171,6 @@ def load_network(
         raise CheckpointError(
             f"{checkpoint.what} holds a LoRA; load it with LoraTransformerForDiffusion.from_checkpoint"
         )
-    network = build_network(checkpoint, classes)
+    network = build_network(checkpoint, checkpoint.base, classes)
     fit(network, checkpoint.averaged if use_ema else checkpoint.network, strict=True, what=checkpoint.what)()
     return network.eval()

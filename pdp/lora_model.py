@@ -16,11 +16,20 @@ from pdp.checkpoints import (
     Checkpoint,
     RegistryCheckpoint,
     model_config,
-    open_registry,
+    opened,
     read_checkpoint,
 )
-from pdp.errors import CheckpointError, ConfigError
-from pdp.files import SAFETENSORS, check_path, is_registry_url, on_cpu, write_flat, write_tree
+from pdp.errors import CheckpointError, SettingsMissing
+from pdp.files import (
+    SAFETENSORS,
+    check_path,
+    check_push_options,
+    is_registry_url,
+    on_cpu,
+    refuse_push_options,
+    write_flat,
+    write_tree,
+)
 from pdp.loading import fit, refused_arguments
 from pdp.lora_settings import LoraSettings, make_settings
 from pdp.modules_v2 import optim_groups
@@ -30,11 +39,14 @@ from registry import Registry
 from registry.core.content_digest import PLAIN_INITS
 from registry.core.errors import Incompatible, InvalidInput
 from registry.formats.live import adapter_tensors, find_adapted, live_config
+from registry.formats.module_state import ModuleState
 from registry.formats.paths import CONFIG_IN_HEADER
 from registry.formats.tuner_layers import refuse_merged
 
 RegistryLike = Registry | str | os.PathLike[str] | None
 Path = str | os.PathLike[str]
+Source = Path | Checkpoint
+"""A path, or a checkpoint that was opened before."""
 ADAPTER = "default"
 
 
@@ -85,7 +97,13 @@ class LoraTransformerForDiffusion(nn.Module):
             target_modules=modules,
             **self.settings.options,
         )
-        self.lora_model: PeftModel = get_peft_model(base_model, config, adapter_name=ADAPTER)
+        changes_base = self.settings.options.get("init_lora_weights", True) not in (True, *PLAIN_INITS)
+        before = ModuleState(base_model, values=list(base_model.parameters()) if changes_base else ())
+        try:
+            self.lora_model: PeftModel = get_peft_model(base_model, config, adapter_name=ADAPTER)
+        except BaseException:
+            before.restore()  # PEFT stops in the middle where it does not know how to go on
+            raise
         self.normalizer: Any = None
         self.base_reference: str | None = None
         self._targeted = tuple(modules)
@@ -218,7 +236,9 @@ class LoraTransformerForDiffusion(nn.Module):
 
     def _push(self, path: Path, registry: RegistryLike, push: Mapping[str, Any]) -> str:
         given = {"base": self.base_reference, **push}
-        pushed = open_registry(registry).push(self.lora_model, os.fspath(path), **given)
+        check_push_options(given)
+        with opened(registry) as where:
+            pushed = where.push(self.lora_model, os.fspath(path), **given)
         return f"registry://{pushed.reference}"
 
     def _made_of(self) -> dict[str, Any]:
@@ -244,8 +264,9 @@ class LoraTransformerForDiffusion(nn.Module):
             InvalidInput: a torn file, one that would run code, or one without an adapter; NotFound.
         """
         checkpoint = read_checkpoint(path, registry)
-        if isinstance(checkpoint, RegistryCheckpoint) and checkpoint.kind == "adapter":
-            checkpoint.registry.load(checkpoint.reference, self, strict=strict is not False)
+        if isinstance(checkpoint, RegistryCheckpoint) and checkpoint.kind == "adapter" and strict is not False:
+            _refuse_another(checkpoint, self.base_model)
+            checkpoint.registry.load(checkpoint.reference, self)
             return
         self.fit_checkpoint(checkpoint, strict=_strict(strict, checkpoint), only_adapter=True)()
 
@@ -269,7 +290,8 @@ class LoraTransformerForDiffusion(nn.Module):
         differing = self.differences(checkpoint)
         refused = refused_arguments(architecture_differences(checkpoint.architecture, self.base_model))
         if strict:
-            refused += refused_arguments(differing)
+            # Dropout is of no effect on what is loaded.
+            refused += refused_arguments(one for one in differing if not one.startswith("lora_dropout:"))
         return fit(
             self,
             checkpoint.network,
@@ -282,14 +304,17 @@ class LoraTransformerForDiffusion(nn.Module):
 
     def differences(self, checkpoint: Checkpoint) -> list[str]:
         """In which LoRA settings a checkpoint and this model differ: the checkpoint's value first."""
-        saved = checkpoint.settings
+        try:
+            saved = checkpoint.settings
+        except SettingsMissing:
+            return ["lora_alpha: unknown and " + repr(self.lora_alpha)]
         return [] if saved is None else saved.differences(self.settings, self.base_model)
 
     @classmethod
     def from_checkpoint(
         cls,
-        checkpoint_path: Path,
-        base_model_path: Path | None = None,
+        checkpoint_path: Source,
+        base_model_path: Source | None = None,
         *,
         classes: Iterable[type[nn.Module]] = (),
         use_ema: bool = False,
@@ -317,14 +342,11 @@ class LoraTransformerForDiffusion(nn.Module):
         checkpoint = read_checkpoint(checkpoint_path, registry)
         _settings_of(checkpoint)  # before anything is built
         source, base_reference = _base_of(checkpoint, base_model_path, registry)
-        described = checkpoint if checkpoint.architecture is not None or source is checkpoint else source
-        base = build_network(described, classes)
-        if source is checkpoint:
-            fit(
-                base, base_part(checkpoint.averaged if use_ema else checkpoint.network), strict=True, what=source.what
-            )()
-        else:
-            fit(base, source.base, strict=True, what=source.what)()
+        own = source is checkpoint
+        weights = base_part(checkpoint.averaged if use_ema else checkpoint.network) if own else source.base
+        base = build_network(source if own or source.architecture is not None else checkpoint, weights, classes)
+        _refuse_another(checkpoint, base)
+        fit(base, weights, strict=True, what=source.what)()
         model = cls._put_on(base, checkpoint, use_ema=use_ema, own_base=source is checkpoint)
         model.base_reference = base_reference
         return model.eval()
@@ -342,9 +364,7 @@ class LoraTransformerForDiffusion(nn.Module):
         """
         checkpoint = read_checkpoint(checkpoint_path, registry)
         _settings_of(checkpoint)
-        differing = refused_arguments(architecture_differences(checkpoint.architecture, base_model))
-        if differing:
-            raise Incompatible(f"{checkpoint.what} was trained on another network; nothing was changed", differing)
+        _refuse_another(checkpoint, base_model)
         return cls._put_on(base_model, checkpoint, use_ema=use_ema, own_base=False).eval()
 
     @classmethod
@@ -358,10 +378,26 @@ class LoraTransformerForDiffusion(nn.Module):
                 f"{checkpoint.what} was made with init_lora_weights={changing!r}, which changed its base, so that it "
                 "needs the base that it was saved with: use the full checkpoint"
             )
-        model = cls(base, **_arguments(settings))
-        tensors = checkpoint.averaged if use_ema else checkpoint.network
-        fit(model, adapter_part(tensors), strict=True, what=checkpoint.what, only_adapter=True)()
+        adapter = adapter_part(checkpoint.averaged if use_ema else checkpoint.network)
+        _check_ranks(settings, adapter, checkpoint.what)
+        before = ModuleState(base)
+        try:
+            model = cls(base, **_arguments(settings))
+            fit(model, adapter, strict=True, what=checkpoint.what, only_adapter=True)()
+        except BaseException:
+            before.restore()
+            raise
         return model
+
+
+def _refuse_another(checkpoint: Checkpoint, network: nn.Module) -> None:
+    """
+    Raises:
+        Incompatible: the checkpoint says of its network what this one is not.
+    """
+    differing = refused_arguments(architecture_differences(checkpoint.architecture, network))
+    if differing:
+        raise Incompatible(f"{checkpoint.what} was trained on another network; nothing was changed", differing)
 
 
 def _settings_of(checkpoint: Checkpoint) -> LoraSettings:
@@ -369,6 +405,17 @@ def _settings_of(checkpoint: Checkpoint) -> LoraSettings:
     if settings is None:
         raise CheckpointError(f"{checkpoint.what} holds no LoRA; load it with from_checkpoint of its network's class")
     return settings
+
+
+def _check_ranks(settings: LoraSettings, adapter: Mapping[str, Tensor], what: str) -> None:
+    """
+    Raises:
+        CheckpointError: the settings ask for larger ranks than any of the tensors has.
+    """
+    found = [one.shape[0] for name, one in adapter.items() if name.endswith("lora_A.weight") and one.dim() == 2]
+    said = max(settings.r, *settings.options.get("rank_pattern", {}).values(), 0)
+    if said > max(found, default=0):
+        raise CheckpointError(f"{what} says rank {said}, and the largest of its tensors is {max(found, default=0)}")
 
 
 def _arguments(settings: LoraSettings) -> dict[str, Any]:
@@ -383,7 +430,7 @@ def _arguments(settings: LoraSettings) -> dict[str, Any]:
     }
 
 
-def _base_of(checkpoint: Any, base_path: Path | None, registry: RegistryLike) -> tuple[Any, str | None]:
+def _base_of(checkpoint: Any, base_path: Source | None, registry: RegistryLike) -> tuple[Any, str | None]:
     """Where the base's weights come from, and the version that they are, if one."""
     if base_path is not None:
         source = read_checkpoint(base_path, registry)
@@ -403,8 +450,7 @@ def _strict(given: bool | None, checkpoint: Checkpoint) -> bool:
 
 
 def _file(path: Path, push: Mapping[str, Any]) -> Any:
-    if push:
-        raise ConfigError(f"{', '.join(push)} belong to a push; give a registry:// URL, or leave them out")
+    refuse_push_options(push)
     return check_path(path)
 
 

@@ -3,7 +3,8 @@ and what a LoRA has beside these in PEFT's own words. One value for what a file,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any
@@ -19,6 +20,9 @@ _OUTSIDE = {
     *("runtime_config", "task_type", "target_modules", "r", "lora_alpha", "lora_dropout"),
 }
 """Keys of a LoraConfig that are settings of their own, or belong to a session."""
+MAX_RANK, MAX_ALPHA = 2**16, 1e9
+_NAME = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
+_INIT = re.compile(r"gaussian|orthogonal|olora|pissa(?:_niter_[0-9]{1,2})?")
 _WHICH_MODULES = {"exclude_modules", "layers_pattern", "layers_to_transform"}
 OPTIONS = ("alpha_pattern", "init_lora_weights", "lora_bias", "rank_pattern", "use_dora", "use_rslora")
 """What PEFT's LoraConfig has beside rank, alpha, dropout and targets, and pdp keeps: all that stays within the
@@ -149,10 +153,8 @@ def make_settings(
     Raises:
         ConfigError, InvalidInput
     """
-    if type(r) is not int or r < 1:
-        raise ConfigError(f"{what}: lora_r is {shown(repr(r))}; expected a whole number from 1")
-    if type(alpha) not in (int, float) or not 0 < float(alpha) < float("inf"):  # type: ignore[arg-type]
-        raise ConfigError(f"{what}: lora_alpha is {shown(repr(alpha))}; expected a positive number")
+    _check_rank(r, what, "lora_r")
+    _check_alpha(alpha, what, "lora_alpha")
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:  # type: ignore[operator]
         raise ConfigError(f"{what}: lora_dropout is {shown(repr(dropout))}; expected a number from 0 to below 1")
     checked = check_options(options or {}, what)
@@ -160,6 +162,37 @@ def make_settings(
         alpha = int(alpha)  # one LoRA has one form, however its alpha was written
     targets, words = check_targets(target_modules), check_apply_to(apply_to)
     return LoraSettings(r, alpha, float(dropout), targets, words, checked)  # type: ignore[arg-type]
+
+
+def _check_rank(value: object, what: str, key: str) -> None:
+    if type(value) is not int or not 1 <= value <= MAX_RANK:
+        raise ConfigError(f"{what}: {key} is {shown(repr(value))}; expected a whole number from 1 to {MAX_RANK}")
+
+
+def _check_alpha(value: object, what: str, key: str) -> None:
+    if type(value) not in (int, float) or not 0 < value <= MAX_ALPHA:  # type: ignore[operator]
+        raise ConfigError(f"{what}: {key} is {shown(repr(value))}; expected a positive number, {MAX_ALPHA:g} at most")
+
+
+def _check_pattern(pattern: object, what: str, key: str, check: Callable[[object, str, str], None]) -> None:
+    """Keys are names here. PEFT takes expressions, and one from a file can keep it busy for ever."""
+    if not isinstance(pattern, Mapping):
+        raise ConfigError(f"{what}: {key} is a {type(pattern).__name__}; expected a mapping from names of modules")
+    for name, value in pattern.items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"{what}: {key} has the key {shown(repr(name))}; expected the name of a module, or its end"
+            )
+        check(value, what, f"{key}[{name!r}]")
+
+
+def _check_init(value: object, what: str) -> None:
+    if not (isinstance(value, bool) or (isinstance(value, str) and _INIT.fullmatch(value))):
+        raise ConfigError(
+            f"{what}: init_lora_weights is {shown(repr(value))}; expected true, false, gaussian, orthogonal, olora, "
+            "pissa or "
+            "pissa_niter_N"
+        )
 
 
 def check_options(options: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -170,14 +203,26 @@ def check_options(options: Mapping[str, Any], what: str) -> dict[str, Any]:
     """
     defaults = _defaults()
     found = {}
+    odd = next((key for key in options if not isinstance(key, str)), None)
+    if odd is not None:
+        raise ConfigError(f"{what}: {shown(repr(odd))} is no name of an option")
     for key, value in sorted(options.items()):
         plain = _plain(value)
         if key not in OPTIONS and (key not in defaults or not _is_default(plain, defaults[key])):
             near = get_close_matches(str(key), [*OPTIONS, *_OWN], n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; pdp's LoRA takes {', '.join(OPTIONS)}"
             raise ConfigError(f"{what}: unknown option {shown(str(key))}{hint}")
-        if not _is_default(plain, defaults[key]):
-            found[key] = plain
+        if _is_default(plain, defaults[key]):
+            continue
+        if key == "rank_pattern":
+            _check_pattern(plain, what, key, _check_rank)
+        elif key == "alpha_pattern":
+            _check_pattern(plain, what, key, _check_alpha)
+        elif key == "init_lora_weights":
+            _check_init(plain, what)
+        elif not isinstance(plain, bool):
+            raise ConfigError(f"{what}: {key} is {shown(repr(plain))}; expected true or false")
+        found[key] = plain
     return found
 
 
@@ -224,7 +269,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, set | frozenset):
-        return sorted(value)
+        return sorted(value, key=repr)
     if isinstance(value, Iterable) and not isinstance(value, str | bytes):
         return [_plain(item) for item in value]
     return value
@@ -249,7 +294,11 @@ def _resolved(one: LoraSettings, model: nn.Module | None, both: tuple[LoraSettin
         paths = [path for path in paths if one.apply_to == "both" or one.apply_to in path]
     else:
         paths = linear_layers(model, one.apply_to)
-    return {path for path in paths if one.names(path)}
+    found = {path for path in paths if one.names(path)}
+    if model is None:
+        # Of another network than the one that is known here: the names themselves.
+        found |= {target for target in one.target_modules if not any(target in path for path in paths)}
+    return found
 
 
 def _reference_layers(targets: Iterable[str]) -> list[str]:

@@ -148,9 +148,14 @@ class QKVTransformerForDiffusion(nn.Module):
     def _seen_actions(self) -> Tensor | None:
         if not self.causal_attn:
             return None
-        mask = self.get_buffer("mask")
-        # Older files hold the additive form: 0 where it is seen, -inf where not.
-        return mask if mask.dtype == torch.bool else mask == 0
+        return self.get_buffer("mask")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        mask = state_dict.get(f"{prefix}mask")
+        if isinstance(mask, Tensor) and mask.is_floating_point():
+            # Older files hold the form that is added: 0 where it is seen, -inf where not.
+            state_dict = {**state_dict, f"{prefix}mask": mask == 0}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _check_inputs(self, sample: Tensor, cond: Tensor) -> None:
         expected = {

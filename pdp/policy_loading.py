@@ -64,15 +64,16 @@ def load_policy(
 ) -> DiffusionPolicy:
     """See `pdp.policy.DiffusionPolicy.from_checkpoint`."""
     checkpoint = read_checkpoint(checkpoint_path, registry)
-    context = _context(checkpoint, base_model_path, registry)
+    base = None if base_model_path is None else read_checkpoint(base_model_path, registry)
+    context = _context(checkpoint, base)
     averaged = "ema" in checkpoint.roles if use_ema is None else use_ema
     network: nn.Module
     if checkpoint.adapter:
         network = LoraTransformerForDiffusion.from_checkpoint(
-            checkpoint_path, base_model_path, classes=classes, use_ema=averaged, registry=registry
+            checkpoint, base, classes=classes, use_ema=averaged, registry=registry
         )
     else:
-        network = load_network(checkpoint_path, classes=classes, use_ema=averaged, registry=registry)
+        network = load_network(checkpoint, classes=classes, use_ema=averaged, registry=registry)
     scheduler, steps = _noise_scheduler(context)
     policy = kind(network, scheduler, num_inference_steps or steps)
     normalizer = next((one.normalizer for one in context if one.normalizer), None)
@@ -84,11 +85,11 @@ def load_policy(
     return policy.eval()
 
 
-def _context(checkpoint: Any, base_model_path: Any, registry: Any) -> list[Checkpoint]:
+def _context(checkpoint: Any, base: Checkpoint | None) -> list[Checkpoint]:
     """Where to look for what an adapter alone does not hold, the nearest first."""
     found = [checkpoint]
-    if base_model_path is not None:
-        found.append(read_checkpoint(base_model_path, registry))
+    if base is not None:
+        found.append(base)
     elif isinstance(checkpoint, RegistryCheckpoint) and checkpoint.base_reference is not None:
         found.append(read_checkpoint(f"registry://{checkpoint.base_reference}", checkpoint.registry))
     return found

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 from torch import nn
 
 from pdp.building import architecture_differences
-from pdp.checkpoints import MODEL_CONFIG, Checkpoint, model_config
-from pdp.loading import fit, fit_average, fit_optimizer, refused_arguments
+from pdp.checkpoints import MODEL_CONFIG, Checkpoint, FileCheckpoint, model_config
+from pdp.loading import fit, fit_average, refused_arguments, say
 from pdp.lora_model import LoraTransformerForDiffusion, network_state
-from pdp.random_state import random_state
-from registry.core.errors import InvalidInput
+from pdp.training_state import check_count, fit_optimizer
+from registry.core.errors import Incompatible, InvalidInput
+from registry.core.reference import shown
 
 if TYPE_CHECKING:
     from pdp.workspace import DiffusionPolicyWorkspace
@@ -65,12 +67,14 @@ def state_tree(workspace: DiffusionPolicyWorkspace, left_out: set[str], attribut
     scheduler = workspace.trainer.scheduler_state()
     if scheduler is not None:
         states["scheduler"] = scheduler
-    states["rng"] = random_state()
+    states["rng"] = workspace.trainer.rng_state()
     pickles: dict[str, Any] = {**made_of(workspace.model), **workspace.trainer.state()}
     if workspace.ema is not None:
         pickles["ema_counters"] = workspace.ema.state_dict()
     if workspace.topk.k:
         pickles["topk"] = workspace.topk.state_dict()
+    if workspace.metrics:
+        pickles["metrics"] = dict(workspace.metrics)
     if workspace.base_reference is not None:
         pickles["base_reference"] = workspace.base_reference
     for key in dict.fromkeys(attributes):
@@ -102,21 +106,40 @@ def take_state(
     if "normalizer" in wanted and checkpoint.normalizer:
         steps.append(workspace.policy.fit_normalizer_state(checkpoint.normalizer, checkpoint.what))
     if workspace.ema is not None and "ema_model" in wanted:
-        steps.append(fit_average(workspace.ema.averaged_model, checkpoint))
-        counters = checkpoint.training.get("ema_counters")
-        if counters is not None:
-            ema = workspace.ema
-            steps.append(lambda: ema.load_state_dict(counters))
+        steps.append(fit_average(workspace.ema.averaged_model, checkpoint, strict=strict))
+        if "ema_counters" in checkpoint.training:
+            steps.append(workspace.ema.fit_state(checkpoint.training["ema_counters"], checkpoint.what))
     if "optimizer" in wanted and "optimizer" in checkpoint.roles:
-        steps.append(fit_optimizer(workspace.optimizer, checkpoint.state("optimizer"), checkpoint.what))
+        try:
+            steps.append(fit_optimizer(workspace.optimizer, checkpoint.state("optimizer"), checkpoint.what))
+        except Incompatible as refusal:
+            if strict:
+                raise
+            say(f"{refusal}; the optimizer begins anew")
     steps.append(workspace.trainer.fit(checkpoint, wanted))
+    found = {key: checkpoint.training[key] for key in attributes if key in checkpoint.training}
+    for key in {"global_step", "epoch"} & found.keys():
+        found[key] = check_count(found[key], key, checkpoint.what)
+    metrics = _metrics_of(checkpoint)
     for step in steps:
         step()
-    for key in dict.fromkeys(attributes):
-        if key in checkpoint.training:
-            setattr(workspace, key, checkpoint.training[key])
-    if workspace.topk.k and "topk" in checkpoint.training:
+    for key, value in found.items():
+        setattr(workspace, key, value)
+    workspace.metrics = metrics
+    # Names of files to keep and to delete are those of this folder, or nobody's.
+    if workspace.topk.k and _is_in(checkpoint, workspace.topk.save_dir) and "topk" in checkpoint.training:
         workspace.topk.load_state_dict(checkpoint.training["topk"])
+
+
+def _metrics_of(checkpoint: Checkpoint) -> dict[str, float]:
+    given = checkpoint.training.get("metrics") or {}
+    if not isinstance(given, Mapping) or not all(type(value) in (int, float) for value in given.values()):
+        raise InvalidInput(f"{checkpoint.what}: metrics are {shown(repr(given))}; expected a number for each name")
+    return {str(name): value for name, value in given.items()}
+
+
+def _is_in(checkpoint: Checkpoint, folder: Path) -> bool:
+    return isinstance(checkpoint, FileCheckpoint) and checkpoint.path.parent.resolve() == folder.resolve()
 
 
 def _fit_network(network: Any, checkpoint: Checkpoint, *, strict: bool) -> Callable[[], None]:

@@ -41,19 +41,30 @@ class BackgroundSaver:
         Raises:
             What it raised, once.
         """
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            thread.join()
+        self.wait()
+        self._thread = None
         _waited_for.discard(self)
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
+
+    def wait(self) -> None:
+        """Waits for the save that is running; its failure stays to be raised. An interrupt while waiting forgets
+        nothing."""
+        if self._thread is not None:
+            self._thread.join()
 
     def _run(self, save: Callable[[], object]) -> None:
         try:
             save()
         except BaseException as error:  # noqa: BLE001  # raised in the thread that waits for it
             self._failure = error
+
+
+def wait_for_all() -> None:
+    """Waits for every save of this process, so that who reads a file finds what was saved to it."""
+    for saver in list(_waited_for):
+        saver.wait()
 
 
 def _join_at_exit() -> None:

@@ -39,8 +39,9 @@ def by_network_name(tensors: Mapping[str, T], what: str) -> dict[str, T]:
     """
     found: dict[str, T] = {}
     first: dict[str, str] = {}
+    of_policy = is_policy(tensors)
     for name, tensor in tensors.items():
-        if name.startswith(NORMALIZER):
+        if of_policy and name.startswith(NORMALIZER):
             continue
         own = network_name(name)
         if own in found and not _is_same(found[own], tensor):
@@ -52,8 +53,15 @@ def by_network_name(tensors: Mapping[str, T], what: str) -> dict[str, T]:
     return found
 
 
+def is_policy(tensors: Mapping[str, object]) -> bool:
+    """Whether a state dict is a policy's, whose network stands under `model.`."""
+    return any(name.startswith("model.") for name in tensors)
+
+
 def normalizer_of(tensors: Mapping[str, T]) -> dict[str, T]:
     """The tensors of a policy's normaliser, under its own names; empty where there are none."""
+    if not is_policy(tensors):
+        return {}
     return {name.removeprefix(NORMALIZER): one for name, one in tensors.items() if name.startswith(NORMALIZER)}
 
 

@@ -3,36 +3,49 @@ in the folder of `--config-dir`. Any key can be set behind it, as hydra does: `t
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.config_store import ConfigStore
 
-from pdp.configuration import check_override
+from pdp.configuration import Config, check_override
 from registry.core.errors import RegistryError
 
+if TYPE_CHECKING:
+    from pdp.workspace import DiffusionPolicyWorkspace
+
 CONFIG_FOLDER = Path(__file__).parent / "config"
+# Configurations begin with every key that there is, so that each can be set on the command line.
+ConfigStore.instance().store(name="every_key", node=Config)
 
 
-def train(cfg: Any) -> dict[str, float]:
-    """Trains as a configuration says; see `DiffusionPolicyWorkspace`.
+def train(cfg: Any) -> DiffusionPolicyWorkspace:
+    """Trains as a configuration says.
 
     Returns:
-        The newest value of each metric.
+        The run, at its end.
     """
     from pdp.workspace import DiffusionPolicyWorkspace  # with torch: not for --help or a misspelt key
 
-    return DiffusionPolicyWorkspace(cfg).run()
+    workspace = DiffusionPolicyWorkspace(cfg)
+    workspace.run()
+    return workspace
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name="base")
 def _run(cfg: Any) -> None:
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
-        metrics = train(cfg)
+        workspace = train(cfg)
     except RegistryError as error:
         _end(error)
-    print("  ".join(f"{name} {value:.6g}" for name, value in sorted(metrics.items())))
+    print("  ".join(f"{name} {value:.6g}" for name, value in sorted(workspace.metrics.items())))
+    print(f"saved {workspace.get_checkpoint_path()}")
+    for reference in workspace.pushed:
+        print(f"pushed {reference}")
 
 
 def _end(error: RegistryError) -> Any:

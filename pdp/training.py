@@ -25,16 +25,18 @@ from pdp.files import write_file
 from pdp.loading import say
 from pdp.normalizer import LinearNormalizer
 from pdp.policy import DiffusionPolicy
-from pdp.random_state import random_state, restore_random_state
+from pdp.random_state import fit_random_state, random_state, restore_random_state
 from pdp.sampler import ResumableSampler
+from pdp.training_state import check_count, fit_scheduler
 
 with warnings.catch_warnings():
     # diffusers looks for optional packages on import, and some of them warn.
     warnings.simplefilter("ignore")
     from diffusers.optimization import SchedulerType, get_scheduler
 
-from registry.core.errors import InvalidInput
+from registry.core.errors import Incompatible, InvalidInput
 from registry.core.reference import shown
+from registry.operations.pull import write_errors
 
 if TYPE_CHECKING:
     from pdp.workspace import DiffusionPolicyWorkspace
@@ -55,6 +57,7 @@ class Trainer:
         self._loader: DataLoader[Any] | None = None
         self._sampler: ResumableSampler | None = None
         self._restored: dict[str, Any] = {}
+        self._within_step = False
         self._loss_sum, self._loss_count = 0.0, 0
 
     # ------------------------------------------------------------ what a checkpoint holds of it
@@ -62,6 +65,26 @@ class Trainer:
     def scheduler_state(self) -> Any:
         """The learning-rate schedule's state dict; None where there is none yet."""
         return self.scheduler.state_dict() if self.scheduler is not None else self._restored.get("scheduler")
+
+    def rng_state(self) -> Any:
+        """The state of the random generators that training goes on with: of a checkpoint that was loaded and not gone
+        on with yet, its own."""
+        return self._restored["rng"] if "rng" in self._restored else random_state()
+
+    def refuse_broken(self) -> None:
+        """
+        Raises:
+            InvalidInput: training was interrupted in the middle of a step; or a parameter is not finite.
+        """
+        if self._within_step:
+            raise InvalidInput(
+                f"training was interrupted within step {self.workspace.global_step}, so its state is of no step; go "
+                "on from "
+                "the last checkpoint: load_checkpoint()"
+            )
+        for name, parameter in self.workspace.model.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise self._diverged(f"{name} has values that are not finite")
 
     def state(self) -> dict[str, Any]:
         """What the order of data and the mean loss of the epoch go on from."""
@@ -98,17 +121,36 @@ class Trainer:
             found["data_order"] = checkpoint.training["data_order"]
         so_far = checkpoint.training.get("epoch_loss", {"sum": 0.0, "count": 0})
         try:
-            total, count = float(so_far["sum"]), int(so_far["count"])
-        except (KeyError, TypeError, ValueError) as error:
+            total, count = float(so_far["sum"]), check_count(so_far["count"], "epoch_loss", checkpoint.what)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InvalidInput(
                 f"{checkpoint.what}: epoch_loss is {shown(repr(so_far))}; expected sum and count"
             ) from error
 
+        self._check_plan(found, checkpoint.what)
+
         def take() -> None:
+            if "scheduler" not in wanted and "scheduler" not in found:
+                found["scheduler"] = self.scheduler_state()  # it stays as it is
             self._restored, self.scheduler = found, None
             self._loss_sum, self._loss_count = total, count
+            self._within_step = False
 
         return take
+
+    def _check_plan(self, found: dict[str, Any], what: str) -> None:
+        """Looks at the states of the schedule and of the generators before anything is taken over."""
+        if "rng" in found:
+            fit_random_state(found["rng"], what)
+        if "scheduler" in found:
+            # A schedule like the one that will be planned, on parameters of its own.
+            groups = [{"params": [torch.zeros(1, requires_grad=True)]} for _ in self.workspace.optimizer.param_groups]
+            trial = self._schedule(torch.optim.AdamW(groups, lr=1.0), self.workspace.cfg.training.lr_warmup_steps + 10)
+            try:
+                fit_scheduler(trial, found["scheduler"], what)
+            except Incompatible as refusal:
+                say(f"{refusal}; the learning-rate schedule begins anew")
+                del found["scheduler"]
 
     # ------------------------------------------------------------ preparation
 
@@ -123,6 +165,7 @@ class Trainer:
         """
         if self._loader is None:
             self._open_data()
+        self._check_same_data()
         if self.scheduler is None:
             self._plan_rates()
         return self.planned_steps
@@ -162,7 +205,18 @@ class Trainer:
             )
         self._loader = self._make_loader(data, loader, self._sampler)
         self._data = data
-        self._check_same_data()
+        if cfg.dataset.val_ratio:
+            held_out = self._dataset("val")
+            section = cfg.val_dataloader
+            if len(held_out) and section.drop_last and len(held_out) < section.batch_size:
+                raise ConfigError(
+                    f"val_dataloader.batch_size is {section.batch_size} with drop_last, and there are {len(held_out)} "
+                    "windows "
+                    "for validation: there is no batch"
+                )
+            self._held_out = held_out if len(held_out) else None
+        if workspace.topk.k and workspace.rollout is None:
+            workspace.topk.check(("train_loss", *(("val_loss",) if self._held_out else ()), "epoch", "global_step"))
 
     def _dataset(self, split: str) -> SequenceDataset:
         section, policy = self.workspace.cfg.dataset, self.workspace.policy
@@ -215,16 +269,36 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = self.workspace.cfg.optimizer.lr
             group.pop("initial_lr", None)
-        self.scheduler = get_scheduler(
-            training.lr_scheduler,
-            optimizer=optimizer,
-            num_warmup_steps=training.lr_warmup_steps,
-            num_training_steps=self.planned_steps,
-        )
+        self.scheduler = self._schedule(optimizer, self.planned_steps)
         if restored is not None:
             self.scheduler.load_state_dict(restored)
             for group, rate in zip(optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
                 group["lr"] = rate
+            configured, its = self.workspace.cfg.optimizer.lr, self.scheduler.base_lrs[0]
+            if configured != its:
+                say(
+                    f"optimizer.lr is {configured}, and the schedule that training goes on with has {its}; it keeps "
+                    "its own"
+                )
+
+    def _schedule(self, optimizer: Any, steps: int) -> Any:
+        training = self.workspace.cfg.training
+        try:
+            made = get_scheduler(
+                training.lr_scheduler,
+                optimizer=optimizer,
+                num_warmup_steps=training.lr_warmup_steps,
+                num_training_steps=steps,
+            )
+            for step in {0, 1, training.lr_warmup_steps, steps - 1, steps, steps + 1}:
+                made.lr_lambdas[0](max(step, 0))
+        except (ArithmeticError, ValueError) as error:
+            raise ConfigError(
+                f"training.lr_scheduler {training.lr_scheduler!r} does not go with optimizer.lr "
+                f"{self.workspace.cfg.optimizer.lr}, "
+                f"training.lr_warmup_steps {training.lr_warmup_steps} and {steps} steps: {error}"
+            ) from error
+        return made
 
     # ------------------------------------------------------------ the loop
 
@@ -232,7 +306,10 @@ class Trainer:
         """See `DiffusionPolicyWorkspace.run`."""
         workspace, cfg = self.workspace, self.workspace.cfg
         workspace.saver.join()
+        self.refuse_broken()
         self._resume_where_asked()
+        if cfg.training.rollout_every and workspace.rollout is None:
+            say("training.rollout_every is set, and no rollout= was given; there are no rollouts")
         planned = self.plan()
         end = planned if until_step is None else min(until_step, planned)
         rng = self._restored.pop("rng", None)
@@ -250,8 +327,9 @@ class Trainer:
                 for batch in self._batches():
                     values = self._step(batch)
                     workspace.global_step += 1
+                    self._within_step = False
                     if workspace.global_step % cfg.logging.log_every == 0:
-                        log.write({"global_step": workspace.global_step, "epoch": workspace.epoch, **values})
+                        log.write({**values, "global_step": workspace.global_step, "epoch": workspace.epoch})
                     show(workspace.global_step, values["train_loss"])
                     if workspace.global_step >= end:
                         break
@@ -296,6 +374,7 @@ class Trainer:
         norm = float(torch.nn.utils.clip_grad_norm_(trained, limit))
         if not math.isfinite(norm):
             raise self._diverged(f"the norm of the gradient is {norm}")
+        self._within_step = True
         workspace.optimizer.step()
         rate = float(self.scheduler.get_last_lr()[0])
         self.scheduler.step()
@@ -328,19 +407,22 @@ class Trainer:
         workspace.epoch = done
         found = {"train_loss": self._loss_sum / max(self._loss_count, 1)}
         self._loss_sum, self._loss_count = 0.0, 0
-        if _is_due(training.val_every, done) and workspace.cfg.dataset.val_ratio:
-            self._held_out = self._held_out or self._dataset("val")
-            if len(self._held_out):
-                found["val_loss"] = self._validate(self._held_out)
+        if _is_due(training.val_every, done) and self._held_out is not None:
+            found["val_loss"] = self._validate(self._held_out)
+            if not math.isfinite(found["val_loss"]):
+                raise self._diverged(f"the validation loss is {found['val_loss']}")
         if _is_due(training.rollout_every, done) and workspace.rollout is not None:
-            with _untouched_generators():
-                found |= {str(key): float(value) for key, value in workspace.rollout(self._acting()).items()}
+            with self._evaluating() as policy:
+                found |= {str(key): float(value) for key, value in workspace.rollout(policy).items()}
         workspace.metrics |= found
-        log.write({"global_step": workspace.global_step, "epoch": done, "end_of_epoch": True, **found})
+        log.write({**found, "global_step": workspace.global_step, "epoch": done, "end_of_epoch": True})
         if not _is_due(training.save_checkpoint_every, done):
             return None
         workspace.saver.join()
-        best = workspace.topk.get_ckpt_path({**workspace.metrics, "epoch": done, "global_step": workspace.global_step})
+        counts = {"epoch": done, "global_step": workspace.global_step}
+        best = None
+        if workspace.topk.monitor_key in found:  # an epoch without the metric is not compared by an older value
+            best = workspace.topk.get_ckpt_path({**workspace.metrics, **counts})
         if best is not None:
             workspace.save_checkpoint(best, use_thread=False)
             workspace.topk.prune()
@@ -356,7 +438,22 @@ class Trainer:
             workspace.ema.averaged_model, workspace.policy.noise_scheduler, workspace.policy.num_inference_steps
         )
         acting.set_normalizer(workspace.policy.normalizer)
-        return acting.eval()
+        return acting
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[DiffusionPolicy]:
+        """The policy to evaluate, in eval mode. Whatever is drawn within, and whatever mode it is left in, training
+        goes on as if nothing had been."""
+        policy = self._acting()
+        modes = [(module, module.training) for module in policy.modules()]
+        before = random_state()
+        policy.eval()
+        try:
+            yield policy
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            restore_random_state(before, "the training")
 
     @torch.no_grad()
     def _validate(self, data: SequenceDataset) -> float:
@@ -365,42 +462,28 @@ class Trainer:
         sampler = ResumableSampler(
             len(data), batch_size=section.batch_size, seed=0, shuffle=section.shuffle, drop_last=section.drop_last
         )
-        policy = self._acting()
-        was_training = policy.training
-        policy.eval()
         total, count = 0.0, 0
-        with _untouched_generators():
+        with self._evaluating() as policy:
             torch.manual_seed(self.workspace.cfg.training.seed)
             for batch in self._make_loader(data, section, sampler):
                 moved = {key: tensor.to(self.workspace.device) for key, tensor in batch.items()}
                 with self._autocast():
                     total += float(policy.compute_loss(moved)) * len(moved["obs"])
                 count += len(moved["obs"])
-        policy.train(was_training)
         return total / count
 
     def _push(self) -> None:
         workspace, section = self.workspace, self.workspace.cfg.registry
         if section.push is not None:
-            workspace.save_checkpoint(section.push, use_thread=False)
+            workspace.pushed.append(workspace.save_checkpoint(section.push, use_thread=False))
         if section.push_policy is not None:
-            workspace.save_policy(section.push_policy)
+            workspace.pushed.append(workspace.save_policy(section.push_policy))
         if section.push_adapter is not None:
-            workspace.save_adapter(section.push_adapter)
+            workspace.pushed.append(workspace.save_adapter(section.push_adapter))
 
 
 def _is_due(every: int, done: int) -> bool:
     return every > 0 and done % every == 0
-
-
-@contextmanager
-def _untouched_generators() -> Iterator[None]:
-    """Whatever is drawn within changes nothing of what is drawn after it."""
-    before = random_state()
-    try:
-        yield
-    finally:
-        restore_random_state(before, "the training")
 
 
 class MetricsFile:
@@ -412,13 +495,14 @@ class MetricsFile:
         self._file: Any = None
 
     def __enter__(self) -> MetricsFile:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        if self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) <= self._step] if self._step else []
-            text = "".join(f"{line}\n" for line in kept).encode("utf-8")
-            write_file(self._path, lambda file: file.write(text))
-        self._file = open(self._path, "a", encoding="utf-8")
+        with write_errors(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._path.exists():
+                lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
+                kept = [line for line in lines if _step_of(line) <= self._step] if self._step else []
+                text = "".join(f"{line}\n" for line in kept).encode("utf-8")
+                write_file(self._path, lambda file: file.write(text))
+            self._file = open(self._path, "a", encoding="utf-8")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -436,7 +520,7 @@ class MetricsFile:
 def _step_of(line: str) -> int:
     try:
         return int(json.loads(line)["global_step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return sys.maxsize  # half a line of a run that was killed
 
 

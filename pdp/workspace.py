@@ -13,19 +13,18 @@ import torch
 from omegaconf import OmegaConf, read_write
 from torch import nn
 
-from pdp.building import architecture_differences, make_network
+from pdp.building import architecture_differences, make_network, read_off_shapes
 from pdp.checkpoints import (
     Checkpoint,
     RegistryCheckpoint,
     checkpoint_of,
-    open_registry,
     read_checkpoint,
 )
 from pdp.configuration import read_config
 from pdp.ema import EMAModel
 from pdp.errors import ConfigError
-from pdp.files import check_path, is_registry_url, on_cpu, write_tree
-from pdp.loading import fit, refused_arguments
+from pdp.files import check_path, is_registry_url, on_cpu, refuse_push_options, write_tree
+from pdp.loading import fit, refused_arguments, say
 from pdp.lora_model import LoraTransformerForDiffusion, network_state
 from pdp.policy import DiffusionPolicy
 from pdp.policy_loading import DEFAULT_NOISE, make_noise_scheduler, recorded_noise
@@ -60,6 +59,7 @@ class DiffusionPolicyWorkspace:
         ema: the EMAModel of the network, or None.
         global_step, epoch: gradient steps and whole epochs that are done.
         metrics: the newest value of each metric.
+        pushed: what `run` pushed at its end, as `registry://namespace/name@number`.
 
     Raises:
         ConfigError: an unknown key (with the near one), a wrong value, a device that is not there.
@@ -84,6 +84,7 @@ class DiffusionPolicyWorkspace:
         self.global_step = 0
         self.epoch = 0
         self.metrics: dict[str, float] = {}
+        self.pushed: list[str] = []
         self.saver = BackgroundSaver()
         self._registry = registry if registry is not None else self.cfg.registry.url
         self._output_dir = None if output_dir is None else Path(output_dir)
@@ -111,12 +112,29 @@ class DiffusionPolicyWorkspace:
         section = self.cfg.policy
         given: Any = {} if section.model is None else OmegaConf.to_container(section.model)
         arguments = {str(key): value for key, value in given.items()}
+        if arguments and arguments.get("output_dim") is None and "input_dim" in arguments:
+            arguments["output_dim"] = arguments["input_dim"]
         recorded = Architecture(str(arguments.pop("_target_", "")), arguments)
         base: Checkpoint | None = None
         if section.lora is not None and section.lora.base_model_path is not None:
             base = read_checkpoint(section.lora.base_model_path, self._registry)
-            if not arguments and base.architecture is not None:
-                recorded = base.architecture
+            if base.adapter:
+                raise ConfigError(
+                    f"policy.lora.base_model_path: {base.what} holds a LoRA; merge it first (merge_lora_weights), or "
+                    "load it"
+                )
+            if "ema" in base.roles:
+                say(
+                    f"{base.what} has a moving average, and the LoRA is put on the weights themselves; save_policy "
+                    "gives a "
+                    "base of the average"
+                )
+            if not arguments:
+                recorded = base.architecture or Architecture("", read_off_shapes(base.base, base.what))
+        if section.lora is not None and base is None and not arguments:
+            raise ConfigError(
+                "policy.lora.base_model_path not set; give the network that the LoRA is for, or policy.model"
+            )
         network = make_network(recorded, self.classes, "policy.model", ConfigError)
         self.base_reference = self.cfg.registry.base
         if base is not None:
@@ -273,12 +291,14 @@ class DiffusionPolicyWorkspace:
         if is_registry_url(path):
             given = {"base": self.base_reference, "step": self.global_step, **self._said(), **self._of_run(), **push}
             return push_tree(on_cpu(tree), path, self._registry, given)
-        return self._write(on_cpu(tree), os.fspath(path), push)
+        refuse_push_options(push)
+        return self._write(on_cpu(tree), os.fspath(path), {})
 
     def save_adapter(self, path: PathLike, **push: Any) -> str:
         """Saves the LoRA alone, averaged where there is an average; see
         `LoraTransformerForDiffusion.save_lora_adapters`."""
         self._require_lora()
+        self.saver.join()
         network: Any = self.ema_model or self.model
         if not is_registry_url(path):
             saved: str = network.save_lora_adapters(path, registry=self._registry, **push)
@@ -298,8 +318,8 @@ class DiffusionPolicyWorkspace:
         also_latest: bool,
         latest: str | None = None,
     ) -> str:
-        if push and not is_registry_url(target):
-            raise ConfigError(f"{', '.join(push)} belong to a push; give a registry:// URL, or leave them out")
+        if not is_registry_url(target):
+            refuse_push_options(push)
         given = dict(push)
         if is_registry_url(target) and tag != LATEST:
             given["tags"] = [*given.get("tags", ()), tag]
@@ -307,6 +327,7 @@ class DiffusionPolicyWorkspace:
         if not is_registry_url(target):
             check_path(target)
         self.saver.join()
+        self.trainer.refuse_broken()
         ready = on_cpu(tree, copy=use_thread)
         said = {**self._said(), **given}
 
@@ -344,7 +365,8 @@ class DiffusionPolicyWorkspace:
         return {"parents": [("extracted_from", self._parent, None)]}
 
     def _said(self) -> dict[str, Any]:
-        return {"metrics": dict(self.metrics)} if self.metrics else {}
+        finite = {name: value for name, value in self.metrics.items() if isinstance(value, float | int)}
+        return {"metrics": finite} if finite else {}
 
     def _require_lora(self) -> None:
         if not self.is_lora_model():
@@ -367,6 +389,7 @@ class DiffusionPolicyWorkspace:
         Raises:
             Incompatible, InvalidInput: it does not fit; nothing is changed.
         """
+        self.saver.join()
         opened = payload if isinstance(payload, Checkpoint) else checkpoint_of(payload)
         take_state(
             self,
@@ -459,6 +482,7 @@ class DiffusionPolicyWorkspace:
         *,
         exclude_keys: Iterable[str] | None = None,
         include_keys: Iterable[str] | None = None,
+        load_optimizer: bool = True,
         overrides: Mapping[str, Any] | None = None,
         registry: Registry | PathLike | None = None,
         **kwargs: Any,
@@ -466,7 +490,9 @@ class DiffusionPolicyWorkspace:
         """A run as a checkpoint of one says, with its state.
 
         Args:
-            overrides: keys of the configuration that are to be others, by dotted path.
+            load_optimizer: False begins with a new optimizer and a new learning-rate schedule.
+            overrides: keys of the configuration that are to be others, by dotted path. Where the run wrote and pushed
+                is not taken over: `output_dir`, `registry.push` and the like are given here anew.
             kwargs: further arguments of the class.
 
         Raises:
@@ -474,17 +500,11 @@ class DiffusionPolicyWorkspace:
             Incompatible, InvalidInput, NotFound
         """
         checkpoint = read_checkpoint(path, registry)
-        cfg = config_of(checkpoint, overrides or {})
-        workspace = cls(cfg, registry=registry, **kwargs)
-        has_optimizer = "optimizer" in checkpoint.roles
+        workspace = cls(config_of(checkpoint, overrides or {}), registry=registry, **kwargs)
         workspace.load_payload(
-            checkpoint, load_optimizer=has_optimizer, exclude_keys=exclude_keys, include_keys=include_keys
+            checkpoint, load_optimizer=load_optimizer, exclude_keys=exclude_keys, include_keys=include_keys
         )
         return workspace
-
-    def open_registry(self) -> Registry:
-        """The registry that this run pushes to and loads from."""
-        return open_registry(self._registry)
 
 
 def _device(name: str) -> torch.device:

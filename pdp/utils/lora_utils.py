@@ -9,20 +9,28 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pdp.checkpoints import MODEL_CONFIG, RegistryCheckpoint, model_config, open_registry, read_checkpoint
-from pdp.errors import ConfigError
-from pdp.files import SAFETENSORS, check_path, is_registry_url, on_cpu, write_flat, write_tree
-from pdp.loading import fit_average, fit_optimizer, live_tensors, say
+from pdp.checkpoints import MODEL_CONFIG, RegistryCheckpoint, model_config, opened, read_checkpoint
+from pdp.files import (
+    SAFETENSORS,
+    check_path,
+    check_push_options,
+    is_registry_url,
+    on_cpu,
+    refuse_push_options,
+    write_flat,
+    write_tree,
+)
+from pdp.loading import fit_average, live_tensors, say
 from pdp.lora_model import LoraTransformerForDiffusion, RegistryLike
 from pdp.lora_settings import read_settings
 from pdp.state_names import base_part
+from pdp.training_state import fit_optimizer, fit_scheduler
 from registry.core.errors import InvalidInput
 from registry.core.reference import shown
 from registry.formats.live import find_adapted
@@ -79,8 +87,7 @@ def save_lora_checkpoint(
     said = {"epoch": epoch, "global_step": global_step, "metadata": metadata}
     tree |= {key: value for key, value in said.items() if value is not None}
     if not is_registry_url(path):
-        if push:
-            raise ConfigError(f"{', '.join(push)} belong to a push; give a registry:// URL, or leave them out")
+        refuse_push_options(push)
         write_tree(check_path(path), on_cpu(tree))
         return str(path)
     return push_tree(on_cpu(tree), path, registry, {"base": lora.base_reference, "step": global_step, **push})
@@ -98,10 +105,12 @@ def push_tree(tree: Mapping[str, Any], url: PathLike, registry: RegistryLike, pu
     given = dict(push)
     if not given.get("metrics"):
         given.pop("step", None)
+    check_push_options(given)
     with tempfile.TemporaryDirectory(prefix="pdp-push-") as folder:
         file = Path(folder) / "checkpoint.ckpt"
         write_tree(file, tree)
-        pushed = open_registry(registry).push(file, os.fspath(url), **given)
+        with opened(registry) as where:
+            pushed = where.push(file, os.fspath(url), **given)
     return f"registry://{pushed.reference}"
 
 
@@ -139,14 +148,14 @@ def load_lora_checkpoint(
     steps = [lora.fit_checkpoint(checkpoint, strict=strictly, only_adapter="model" not in checkpoint.roles)]
     averaged = getattr(ema_model, "averaged_model", ema_model)
     if averaged is not None:
-        steps.append(fit_average(averaged, checkpoint))
+        steps.append(fit_average(averaged, checkpoint, strict=strictly))
     for role, one in wanted.items():
         if one is not None and role not in checkpoint.roles:
             say(f"{checkpoint.what} holds no {role}; it stays as it is")
         elif one is not None and role == "optimizer":
             steps.append(fit_optimizer(one, checkpoint.state(role), checkpoint.what))
         elif one is not None:
-            steps.append(partial(one.load_state_dict, checkpoint.state(role)))
+            steps.append(fit_scheduler(one, checkpoint.state(role), checkpoint.what))
     for step in steps:
         step()
     return checkpoint.payload
@@ -240,10 +249,11 @@ def save_merged_model(
         raise InvalidInput("the model still carries a LoRA; merge it first with merge_lora_weights")
     if is_registry_url(path):
         metadata = {"model_type": MERGED, **(push.pop("metadata", None) or {})}
-        pushed = open_registry(registry).push(given, os.fspath(path), metadata=metadata, **push)
+        check_push_options(push)
+        with opened(registry) as where:
+            pushed = where.push(given, os.fspath(path), metadata=metadata, **push)
         return f"registry://{pushed.reference}"
-    if push:
-        raise ConfigError(f"{', '.join(push)} belong to a push; give a registry:// URL, or leave them out")
+    refuse_push_options(push)
     file = check_path(path)
     config = model_config(given)
     made_of = {} if config is None else {MODEL_CONFIG: config}

@@ -4,6 +4,7 @@ the average."""
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import numpy
@@ -113,10 +114,36 @@ def test_a_model_of_another_form_is_named_and_changes_nothing(other: nn.Module, 
 
 
 @pytest.mark.parametrize(
-    "state", [{}, {"decay": "much", "optimization_step": 1}, {"decay": 2.0, "optimization_step": 1}]
+    ("state", "named"),
+    [
+        ({}, "expected numbers decay and optimization_step"),
+        ([], "expected numbers decay and optimization_step"),
+        ({"decay": 0.5}, "expected numbers decay and optimization_step"),
+        *(
+            (
+                {"decay": value, "optimization_step": 1},
+                "decay of the moving average is .*; expected a number from 0 to 1",
+            )
+            for value in ("much", 2.0, -0.1, math.nan, math.inf, 10**400, None, True, torch.zeros(2))
+        ),
+        *(
+            ({"decay": 0.5, "optimization_step": value}, "optimization_step is .*; expected a whole number from 0")
+            for value in (math.inf, math.nan, -1, 1.5, 2**53 + 1, 10**5000, "many", True, [1])
+        ),
+    ],
 )
-def test_counters_that_are_none_are_refused_and_change_nothing(state: dict[str, Any]) -> None:
+def test_counters_that_are_none_are_refused_and_change_nothing(state: Any, named: str) -> None:
     ema = EMAModel(nn.Linear(1, 1))
-    with pytest.raises(InvalidInput, match="decay"):
+    with pytest.raises(InvalidInput, match=named):
         ema.load_state_dict(state)
+    with pytest.raises(InvalidInput, match=f"run.ckpt: .*{named}"):
+        ema.fit_state(state, "run.ckpt")
     assert ema.state_dict() == {"decay": 0.0, "optimization_step": 0}
+
+
+def test_counters_are_taken_over_when_they_are_told_to() -> None:
+    ema = EMAModel(nn.Linear(1, 1))
+    take = ema.fit_state({"decay": torch.tensor(0.5), "optimization_step": torch.tensor(7)}, "run.ckpt")
+    assert ema.state_dict() == {"decay": 0.0, "optimization_step": 0}
+    take()
+    assert ema.state_dict() == {"decay": 0.5, "optimization_step": 7}

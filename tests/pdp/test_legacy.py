@@ -131,10 +131,13 @@ def test_a_workspace_is_made_of_each_checkpoint_of_a_run(tmp_path: Path) -> None
 
 
 def test_a_payload_without_a_configuration_still_makes_a_workspace(tmp_path: Path) -> None:
-    with pytest.warns(CheckpointWarning, match="has no configuration; training goes by the defaults"):
+    with pytest.warns(CheckpointWarning) as caught:
         made = DiffusionPolicyWorkspace.create_from_checkpoint(LEGACY / "lora_checkpoint.pth", output_dir=tmp_path)
     assert close(output(made.model.eval()), FORWARD["output"])
     assert made.optimizer.param_groups[0]["lr"] == 0.00993844170297569
+    said = [str(one.message) for one in caught]
+    assert any("has no configuration; training goes by the defaults" in one for one in said)
+    assert any("the learning-rate schedule begins anew" in one for one in said)
 
 
 def test_an_optimizer_of_other_parameters_is_refused_and_can_be_left_out(tmp_path: Path) -> None:

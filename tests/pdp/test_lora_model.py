@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pdp.errors import CheckpointError, CheckpointWarning, ConfigError, TargetsNotFound
+from pdp.errors import CheckpointError, CheckpointWarning, TargetsNotFound
 from pdp.lora_model import LoraTransformerForDiffusion
 from pdp.modules_v2 import QKVTransformerForDiffusion
 from registry.core.errors import Incompatible, InvalidInput, SourceNotFound
@@ -381,8 +381,38 @@ def test_adapter_tensors_without_settings_say_that_alpha_is_unknown(tmp_path: Pa
         LoraTransformerForDiffusion.from_checkpoint(tmp_path / "bare.pth", LEGACY / "workspace.ckpt")
 
 
+def test_a_network_that_an_adapter_does_not_fit_is_left_as_it_was(tmp_path: Path) -> None:
+    lora().save_lora_adapters(tmp_path / "a.pth")
+    saved = torch.load(tmp_path / "a.pth", weights_only=True)
+    saved["lora_state_dict"].popitem()
+    torch.save(saved, tmp_path / "a.pth")
+    base = network()
+    names, before = list(base.state_dict()), output(base)
+    with pytest.raises(Incompatible):
+        LoraTransformerForDiffusion.on_base(tmp_path / "a.pth", base)
+    assert list(base.state_dict()) == names
+    assert torch.equal(output(base), before)
+    assert lora(base).get_targeted_modules()
+
+
+def test_the_dtype_of_the_weights_is_kept(tmp_path: Path) -> None:
+    model = lora().to(torch.bfloat16)
+    model.save_full_checkpoint(tmp_path / "f.pth")
+    made = LoraTransformerForDiffusion.from_checkpoint(tmp_path / "f.pth")
+    assert next(made.base_model.parameters()).dtype == torch.bfloat16
+
+
+def test_what_is_no_path_for_a_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths: list[Any] = ["walk/perturb:prod", "walk/perturb@3", Path("registry://walk/perturb"), "a\0.pth", "", None, 3]
+    for path in paths:
+        with pytest.raises(InvalidInput):
+            lora().save_lora_adapters(path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_options_of_a_push_are_refused_for_a_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="base belong to a push"):
+    with pytest.raises(InvalidInput, match="base belong to a push"):
         lora().save_lora_adapters(tmp_path / "a.pth", base="walk/base")
 
 

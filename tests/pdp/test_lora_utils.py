@@ -197,7 +197,7 @@ def test_a_merged_model_is_saved_without_a_trace_of_the_lora(suffix: str, tmp_pa
     assert torch.equal(output(made), output(merged))
     with pytest.raises(InvalidInput, match="still carries a LoRA"):
         save_merged_model(model, tmp_path / "x.pth")
-    with pytest.raises(ConfigError, match="belong to a push"):
+    with pytest.raises(InvalidInput, match="belong to a push"):
         save_merged_model(merged, tmp_path / "x.pth", tags=["prod"])
     if suffix == ".pth":
         saved = torch.load(tmp_path / "m.pth", weights_only=True)
@@ -224,6 +224,8 @@ def test_configurations_are_compared_by_what_they_resolve_to() -> None:
     assert compare_lora_configs(config(lora_alpha=16.0), config())
     assert not compare_lora_configs(config(), config(target_modules=["q_proj", "fc1"]))
     assert not compare_lora_configs(config(), config(apply_to="encoder"))
+    assert not compare_lora_configs(config(target_modules=["linear1"]), config(target_modules=["linear2"]))
+    assert compare_lora_configs(config(target_modules=["linear1"]), config(target_modules={"linear1"}))
     assert not compare_lora_configs(config(), config(lora_options={"use_rslora": True}))
     assert compare_lora_configs(config(), config(lora_options={"use_rslora": False}))
 

@@ -43,6 +43,14 @@ def test_causal_attention_adds_a_mask_and_hides_later_actions() -> None:
     assert "mask" not in network().state_dict()
 
 
+def test_a_mask_of_the_form_that_is_added_means_the_same() -> None:
+    model = network(causal_attn=True)
+    added = torch.zeros(2, 2).masked_fill(~model.get_buffer("mask"), float("-inf"))
+    other = network(seed=1, causal_attn=True)
+    other.load_state_dict({**model.state_dict(), "mask": added})
+    assert torch.equal(output(other), output(model))
+
+
 def test_constructor_arguments_are_attributes_and_make_the_same_network() -> None:
     model = network(causal_cross_attn=True, p_drop_emb=0.3)
     assert set(CONSTRUCTOR_ARGUMENTS) == set(inspect.signature(QKVTransformerForDiffusion).parameters)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import os
 import random
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 from pdp.ema import EMAModel
 from pdp.files import on_cpu, write_file
 from pdp.normalizer import LinearNormalizer
-from pdp.random_state import random_state, restore_random_state
+from pdp.random_state import fit_random_state, random_state, restore_random_state
 from pdp.sampler import ResumableSampler
 from pdp.saving import BackgroundSaver
 from pdp.topk import TopKCheckpointManager
@@ -228,6 +229,7 @@ def test_a_displaced_file_stays_until_the_new_one_is_written(tmp_path: Path) -> 
     kept(manager, [5.0])
     assert manager.get_ckpt_path({"epoch": 1, "loss": 4.0}) == str(tmp_path / "e1")
     assert (tmp_path / "e0").exists()
+    (tmp_path / "e1").write_text("4.0")
     manager.prune()
     assert not (tmp_path / "e0").exists()
 
@@ -279,11 +281,46 @@ def test_generators_come_back_to_the_state_that_was_taken() -> None:
     assert draws() == first
 
 
-def test_what_is_no_state_is_refused() -> None:
+def broken_states() -> Iterator[Any]:
     state = random_state()
-    for broken in ({}, {**state, "python": {}}, {**state, "torch": torch.zeros(3, dtype=torch.uint8)}):
+    python, its = state["python"], state["numpy"]
+    words = python["words"].clone()
+    words[3] = -1
+    yield from ({}, [], None, {**state, "python": {}}, {**state, "torch": torch.zeros(3, dtype=torch.uint8)})
+    yield from ({**state, "torch": None}, {**state, "cuda": 5})
+    for changed in ({"words": words}, {"words": python["words"][:9]}, {"version": 9}, {"gauss": "much"}):
+        yield {**state, "python": {**python, **changed}}
+    key = its["key"].clone()
+    key[0] = 2**32
+    # numpy itself takes a pos of any size, and reads beyond its words.
+    for changed in ({"key": key}, {"key": key[:9]}, {"key": its["key"].double()}, {"pos": 10**6}, {"pos": -1}):
+        yield {**state, "numpy": {**its, **changed}}
+    for changed in ({"pos": 10**400}, {"gauss": math.nan}, {"gauss": 10**400}, {"bit_generator": "PCG64"}):
+        yield {**state, "numpy": {**its, **changed}}
+
+
+@pytest.mark.parametrize("function", [restore_random_state, fit_random_state])
+def test_what_is_no_state_is_refused(function: Any) -> None:
+    for broken in broken_states():
         with pytest.raises(InvalidInput, match="the checkpoint holds no usable state of the random generators"):
-            restore_random_state(broken, "the checkpoint")
+            function(broken, "the checkpoint")
+
+
+def test_a_state_is_tried_without_a_trace_and_taken_over_later() -> None:
+    state = random_state()
+    first = draws()
+    present = random_state()
+    second = draws()
+    restore_random_state(present, "the test")
+    take = fit_random_state(state, "the checkpoint")
+    for broken in broken_states():
+        with pytest.raises(InvalidInput):
+            fit_random_state(broken, "the checkpoint")
+    assert draws() == second
+    state["torch"].zero_()
+    state.clear()
+    take()
+    assert draws() == first
 
 
 # ---------------------------------------------------------------- saving thread and files
@@ -318,6 +355,18 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [one.name for one in path.parent.iterdir()] == ["a.pth"]
     with pytest.raises(StorageError, match=r"a\.pth"):
         write_file(path / "below.pth", fail)
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_is_writing_is_not(tmp_path: Path) -> None:
+    old, new, others = (
+        tmp_path / name for name in (".a.pth.01234567.tmp", ".a.pth.89abcdef.tmp", ".b.pth.01234567.tmp")
+    )
+    for path in (old, new, others):
+        path.write_bytes(b"half")
+    for path in (old, others):
+        os.utime(path, (0, 0))
+    write_file(tmp_path / "a.pth", lambda file: file.write(b"whole"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([new.name, others.name, "a.pth"])
 
 
 def test_tensors_are_copied_without_what_they_are_views_of_and_stay_one_where_they_were() -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from pdp.errors import CheckpointError
+from pdp.errors import CheckpointError, CheckpointWarning
 from pdp.lora_model import LoraTransformerForDiffusion
 from pdp.modules_v2 import QKVTransformerForDiffusion
 from pdp.utils.lora_utils import load_lora_checkpoint, merge_lora_weights, save_lora_checkpoint, save_merged_model
 from registry import Registry
-from registry.core.errors import Incompatible, InvalidReference, NotFound, TagNotFound
+from registry.core.errors import Incompatible, InvalidInput, InvalidReference, NotFound, TagNotFound
 from tests.pdp.models import SIZES, close, lora, network, output, same_tensors
 
 
@@ -81,6 +81,89 @@ def test_model_and_adapter_are_made_in_one_step_from_what_was_recorded(registry:
     assert made.base_reference == "walk/other-base@1"
     assert made.save_lora_adapters("registry://walk/perturb") == "registry://walk/perturb@1"
     assert registry.prove("walk/perturb:prod", made.lora_model)
+
+
+def test_an_adapter_of_another_network_is_refused_whichever_way_it_comes(registry: Registry, tmp_path: Path) -> None:
+    model = lora(network(n_head=2))
+    model.save_lora_adapters("registry://walk/perturb")
+    model.save_lora_adapters(tmp_path / "a.pth")
+    torch.save({"model_state_dict": network().state_dict()}, tmp_path / "says-nothing.pth")
+    merged = save_merged_model(network(), tmp_path / "base.pth")
+    other = lora(seed=3)
+    before = copy.deepcopy(other)
+    for adapter in ("registry://walk/perturb", tmp_path / "a.pth"):
+        for strict in (None, False):
+            with pytest.raises(Incompatible, match="n_head"):
+                other.load_lora_adapters(adapter, strict=strict)
+        for base in ("registry://walk/base:v1", merged):
+            with pytest.raises(Incompatible, match="n_head"):
+                LoraTransformerForDiffusion.from_checkpoint(adapter, base)
+        made = LoraTransformerForDiffusion.from_checkpoint(adapter, tmp_path / "says-nothing.pth")
+        assert made.base_model.n_head == 2
+    assert same_tensors(other, before)
+
+
+def test_a_lenient_load_of_a_version_says_what_it_lets_pass_in_the_guides_words(registry: Registry) -> None:
+    lora(lora_alpha=16, target_modules=["q_proj", "fc1"]).save_lora_adapters("registry://walk/perturb")
+    with pytest.warns(CheckpointWarning) as caught:
+        lora(seed=2).load_lora_adapters("registry://walk/perturb", strict=False)
+    said = [str(one.message) for one in caught]
+    assert any("LoRA configuration mismatch!" in one and "lora_alpha: 16 and 8" in one for one in said)
+    assert any(one.startswith("Unexpected keys: [") for one in said)
+
+
+def test_pefts_own_folders_and_files_are_loaded(registry: Registry, tmp_path: Path) -> None:
+    model = lora()
+    model.save_lora_adapters("registry://walk/perturb")
+    registry.pull("walk/perturb", tmp_path / "pulled", format="peft")
+    model.lora_model.save_pretrained(tmp_path / "saved")
+    for path in (tmp_path / "pulled", tmp_path / "saved" / "adapter_model.safetensors"):
+        other = lora(seed=2)
+        other.load_lora_adapters(path, strict=True)
+        assert same_tensors(model, other)
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    other = lora(seed=2)
+    with pytest.warns(CheckpointWarning, match="lora_alpha: unknown and 8"):
+        other.load_full_checkpoint(tmp_path / "bare.pth")
+    assert same_tensors(model, other)
+    with pytest.raises(CheckpointError, match=r"is a folder without adapter_model\.safetensors"):
+        other.load_lora_adapters(tmp_path)
+
+
+def test_a_payload_from_a_registry_has_the_form_of_a_files(registry: Registry, tmp_path: Path) -> None:
+    model = lora()
+    save_lora_checkpoint(model, "registry://walk/run", epoch=2, global_step=20, metadata={"why": "test"})
+    save_lora_checkpoint(model, tmp_path / "c.pth", epoch=2, global_step=20, metadata={"why": "test"})
+    found = [load_lora_checkpoint(path, lora()) for path in ("registry://walk/run", tmp_path / "c.pth")]
+    for payload in found:
+        assert (payload["epoch"], payload["global_step"], payload["metadata"]) == (2, 20, {"why": "test"})
+        assert payload["state_dicts"].keys() == {"model"}
+        assert payload["pickles"]["lora_config"]["lora_r"] == 4
+        assert payload["pickles"]["model_config"]["arguments"]["n_head"] == 4
+
+
+def test_an_option_that_no_push_has_is_answered_with_the_near_one(registry: Registry) -> None:
+    with pytest.raises(InvalidInput, match="a push has no option tag; did you mean tags"):
+        lora().save_lora_adapters("registry://walk/perturb", tag="prod")
+
+
+def test_registries_that_were_opened_for_a_url_are_closed(registry: Registry, tmp_path: Path) -> None:
+    import gc
+    import os
+
+    model, other = lora(), lora(seed=2)
+
+    def files_open() -> int:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    model.save_lora_adapters("registry://walk/perturb")
+    other.load_lora_adapters("registry://walk/perturb")
+    before = files_open()
+    for _ in range(5):
+        model.save_lora_adapters("registry://walk/perturb")
+        other.load_lora_adapters("registry://walk/perturb")
+    assert files_open() <= before
 
 
 def test_a_full_checkpoint_needs_no_base_in_the_registry(registry: Registry) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def test_a_base_and_a_lora_on_it_are_trained_and_pushed(tmp_path: Path) -> None:
 )
 def test_a_mistake_is_one_clear_line(words: list[str], said: str, tmp_path: Path) -> None:
     done = train(tmp_path, "hydra.run.dir=run", *words, status=4 if "such" in said else 3)
-    assert done.stderr.strip().splitlines()[-1] == f"pdp.train: {said}" or said in done.stderr.strip().splitlines()[-1]
+    assert said in done.stderr.strip().splitlines()[-1]
     assert "Traceback" not in done.stderr
 
 
@@ -104,16 +105,15 @@ def test_a_terminal_shows_how_far_training_is(tmp_path: Path) -> None:
     configuration(tmp_path)
     script = "from tests.pdp.runs import *; import sys; workspace(Path(sys.argv[1])).run()"
     terminal, its = pty.openpty()
-    try:
-        command = [sys.executable, "-c", script, str(tmp_path)]
-        environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, stderr=its, check=False, timeout=300)
-        os.set_blocking(terminal, False)
-        shown = os.read(terminal, 1 << 20).decode()
-    finally:
-        os.close(its)
-        os.close(terminal)
-    assert done.returncode == 0, shown
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    child = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=its)
+    os.close(its)
+    shown = ""
+    with open(terminal, "rb", buffering=0) as reader, suppress(OSError):  # EIO: the child has closed its end
+        while data := reader.read(4096):
+            shown += data.decode(errors="replace")
+    assert child.wait(300) == 0, shown
     assert "training" in shown
     assert "24/24" in shown
 

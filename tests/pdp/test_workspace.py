@@ -15,12 +15,12 @@ import torch
 from omegaconf import OmegaConf
 
 from pdp.data import SequenceDataset
-from pdp.errors import CheckpointWarning, ConfigError, TrainingDiverged
+from pdp.errors import CheckpointError, CheckpointWarning, ConfigError, TrainingDiverged
 from pdp.policy import DiffusionPolicy
 from pdp.workspace import DiffusionPolicyWorkspace
 from registry import Registry
 from registry.core.errors import Incompatible, InvalidInput, NoSpace, SourceNotFound
-from tests.pdp.models import same_tensors
+from tests.pdp.models import LEGACY, same_tensors
 from tests.pdp.runs import LORA, configuration, differing, workspace
 
 ROOT = Path(__file__).parents[2]
@@ -31,8 +31,10 @@ def lines(run: DiffusionPolicyWorkspace) -> list[dict[str, Any]]:
 
 
 def everything(run: DiffusionPolicyWorkspace) -> dict[str, Any]:
-    """All of a run's state: what it would save."""
-    tree = run.state_tree()
+    """All of a run's state, as it saved it at the end of its training, or saves it now."""
+    if not Path(run.get_checkpoint_path()).exists():
+        run.save_checkpoint(use_thread=False)
+    tree: dict[str, Any] = torch.load(run.get_checkpoint_path(), weights_only=True)
     del tree["cfg"]
     return tree
 
@@ -91,6 +93,35 @@ def test_rollouts_are_logged_and_do_not_disturb_training(tmp_path: Path) -> None
     assert same_tensors(with_rollouts.model, without.model)
 
 
+def test_without_an_average_rollouts_act_without_dropout_and_training_goes_on_with_it(tmp_path: Path) -> None:
+    def rollout(policy: DiffusionPolicy) -> dict[str, float]:
+        assert not policy.training
+        assert not any(module.training for module in policy.modules())
+        policy.eval()
+        return {"reward": 1.0, "global_step": 99.0}
+
+    cfg = configuration(tmp_path, training__rollout_every=1, training__use_ema=False)
+    with_rollouts = DiffusionPolicyWorkspace(cfg, tmp_path / "a", rollout=rollout)
+    with_rollouts.run()
+    without = workspace(tmp_path, "b", training__val_every=0, training__use_ema=False)
+    without.run()
+    assert same_tensors(with_rollouts.model, without.model)
+    assert lines(with_rollouts)[-1]["global_step"] == 24
+
+
+def test_rollouts_that_nobody_makes_are_missed(tmp_path: Path) -> None:
+    with pytest.warns(CheckpointWarning, match="no rollout= was given"):
+        workspace(tmp_path, training__rollout_every=1).run(until_step=1)
+
+
+def test_an_epoch_without_the_metric_is_not_ranked_by_an_older_value(tmp_path: Path) -> None:
+    topk = {"k": 5, "monitor_key": "val_loss", "format_str": "best-{epoch}.ckpt"}
+    run = workspace(tmp_path, checkpoint__topk=topk, training__val_every=2, training__num_epochs=5)
+    run.run()
+    names = sorted(path.name for path in (run.output_dir / "checkpoints").iterdir())
+    assert names == ["best-2.ckpt", "best-4.ckpt", "latest.ckpt"]
+
+
 def test_the_best_checkpoints_are_kept_beside_the_latest(tmp_path: Path) -> None:
     run = workspace(tmp_path, checkpoint__topk={"k": 2, "format_str": "best-{epoch}.ckpt"})
     run.run()
@@ -147,8 +178,9 @@ def test_a_run_goes_on_through_a_registry_in_another_process(tmp_path: Path) -> 
     command = [sys.executable, "-c", script, str(tmp_path / "registry"), str(tmp_path / "second")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    second = DiffusionPolicyWorkspace.create_from_checkpoint(tmp_path / "second" / "checkpoints" / "latest.ckpt")
-    assert not differing(everything(whole), everything(second))
+    second = torch.load(tmp_path / "second" / "checkpoints" / "latest.ckpt", weights_only=True)
+    del second["cfg"]
+    assert not differing(everything(whole), second)
 
 
 def test_workers_of_the_loader_change_nothing(tmp_path: Path) -> None:
@@ -170,6 +202,50 @@ def test_resume_in_the_configuration_goes_on_from_latest(tmp_path: Path) -> None
     fresh = workspace(tmp_path, "fresh", training__resume=True)
     fresh.run()
     assert same_tensors(whole.model, fresh.model)
+
+
+def test_a_checkpoint_that_is_loaded_and_saved_again_is_still_the_same(tmp_path: Path) -> None:
+    whole = workspace(tmp_path, "whole")
+    whole.run()
+    first = workspace(tmp_path, "first")
+    first.run(until_step=11)
+    again = workspace(tmp_path, "again")
+    again.load_checkpoint(first.get_checkpoint_path())
+    torch.randn(7)
+    again.save_checkpoint(tmp_path / "converted.safetensors", use_thread=False)
+    third = workspace(tmp_path, "third")
+    third.load_checkpoint(tmp_path / "converted.safetensors")
+    third.run()
+    assert same_tensors(whole.model, third.model)
+
+
+def test_a_new_optimizer_keeps_the_place_in_the_schedule(tmp_path: Path) -> None:
+    first = workspace(tmp_path, "first")
+    first.run(until_step=12)
+    rate = lines(first)[-1]["lr"]
+    first.load_checkpoint(load_optimizer=False)
+    first.run(until_step=14)
+    assert lines(first)[-2]["lr"] == pytest.approx(rate, rel=0.2)
+    assert lines(first)[-2]["lr"] < rate
+
+
+def test_metrics_come_back_with_a_run(tmp_path: Path) -> None:
+    run = workspace(tmp_path)
+    metrics = run.run()
+    other = workspace(tmp_path)
+    other.load_checkpoint()
+    assert other.metrics == metrics
+    assert other.run() == metrics
+
+
+def test_another_learning_rate_does_not_change_a_schedule_that_goes_on_and_that_is_said(tmp_path: Path) -> None:
+    workspace(tmp_path, "run").run(until_step=6)
+    second = workspace(tmp_path, "run", optimizer__lr=5e-3)
+    second.load_checkpoint()
+    with pytest.warns(
+        CheckpointWarning, match=r"optimizer.lr is 0.005, and the schedule .* has 0.001; it keeps its own"
+    ):
+        second.run(until_step=7)
 
 
 def test_other_data_are_warned_of_when_a_run_goes_on(tmp_path: Path) -> None:
@@ -242,6 +318,76 @@ def test_a_lora_run_has_its_base_and_stores_it_once(tmp_path: Path) -> None:
         )
         assert restored.base_reference == "walk/base@1"
         assert same_tensors(restored.model, run.model)
+
+
+def test_a_lora_is_not_put_on_a_checkpoint_that_has_one(tmp_path: Path) -> None:
+    path = workspace(tmp_path, policy__lora=LORA).save_checkpoint(use_thread=False)
+    with pytest.raises(ConfigError, match="holds a LoRA; merge it first"):
+        workspace(tmp_path, policy__lora={**LORA, "base_model_path": path})
+
+
+def test_a_lora_on_a_checkpoint_with_an_average_says_which_weights_it_takes(tmp_path: Path) -> None:
+    path = workspace(tmp_path).save_checkpoint(use_thread=False)
+    with pytest.warns(CheckpointWarning, match="the LoRA is put on the weights themselves"):
+        workspace(tmp_path, policy__lora={**LORA, "base_model_path": path})
+
+
+def test_a_base_without_constructor_arguments_is_read_off_its_shapes(tmp_path: Path) -> None:
+    lora = {**LORA, "base_model_path": str(LEGACY / "merged.pth")}
+    with pytest.warns(CheckpointWarning, match="n_head=4"):
+        run = workspace(tmp_path, policy__model=None, policy__lora=lora)
+    assert (run.policy.obs_dim, run.policy.T_obs) == (11, 4)
+
+
+def test_a_workspace_of_an_adapter_alone_takes_its_base_or_is_refused(tmp_path: Path) -> None:
+    with Registry.init(tmp_path / "registry") as registry:
+        base = workspace(tmp_path, "base", registry=registry)
+        base.save_policy("registry://walk/base")
+        run = workspace(tmp_path, registry=registry, policy__lora={**LORA, "base_model_path": "registry://walk/base"})
+        run.run(until_step=3)
+        run.save_adapter("registry://walk/perturb")
+        run.save_adapter(tmp_path / "a.pth")
+        with pytest.warns(CheckpointWarning):
+            made = DiffusionPolicyWorkspace.create_from_checkpoint(
+                "registry://walk/perturb", registry=registry, output_dir=tmp_path / "made"
+            )
+        assert made.base_reference == "walk/base@1"
+        assert same_tensors(made.model, run.ema_model)
+        with pytest.warns(CheckpointWarning), pytest.raises(CheckpointError, match="holds an adapter alone"):
+            DiffusionPolicyWorkspace.create_from_checkpoint(tmp_path / "a.pth", output_dir=tmp_path / "made")
+
+
+def test_a_misspelt_override_is_answered_with_the_near_key(tmp_path: Path) -> None:
+    path = workspace(tmp_path).save_checkpoint(use_thread=False)
+    with pytest.raises(ConfigError, match=r"training\.num_epoch .*did you mean num_epochs"):
+        DiffusionPolicyWorkspace.create_from_checkpoint(path, overrides={"training.num_epoch": 5})
+    made = DiffusionPolicyWorkspace.create_from_checkpoint(
+        path, overrides={"training.num_epochs": 5}, load_optimizer=False, output_dir=tmp_path / "made"
+    )
+    assert made.cfg.training.num_epochs == 5
+
+
+def test_a_lenient_load_is_lenient_with_the_average_too(tmp_path: Path) -> None:
+    path = workspace(tmp_path, "other", policy__lora={**LORA, "lora_r": 2, "target_modules": ["mlp"]}).save_checkpoint(
+        use_thread=False
+    )
+    run = workspace(tmp_path, policy__lora={**LORA, "lora_r": 2})
+    with pytest.warns(CheckpointWarning) as caught:
+        run.load_lora_checkpoint(path)
+    said = [str(one.message) for one in caught]
+    assert sum("LoRA configuration mismatch!" in one for one in said) == 1
+    assert sum(one.startswith("Missing keys:") for one in said) == 1
+
+
+def test_an_adapter_that_is_pushed_waits_for_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Registry.init(tmp_path / "registry") as registry:
+        run = workspace(tmp_path, registry=registry, policy__lora=LORA)
+        run.save_checkpoint("registry://walk/run")
+        run.save_adapter("registry://walk/perturb")
+        log = registry.log("walk/perturb")
+        assert {(edge.relation, log.names[edge.parent_id]) for edge in log.ancestors} == {
+            ("extracted_from", "walk/run@1")
+        }
 
 
 def test_a_base_of_another_network_is_refused(tmp_path: Path) -> None:
@@ -361,6 +507,48 @@ def test_what_a_thread_writes_is_the_state_of_when_it_was_asked(
     run.saver.join()
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dicts"]["model"]
     assert not differing(dict(saved), before)
+
+
+def test_who_reads_a_file_that_is_being_written_gets_what_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = workspace(tmp_path)
+    gate = Gate(monkeypatch)
+    path = run.save_checkpoint()
+    threading.Timer(0.2, gate.opened.set).start()
+    made = DiffusionPolicyWorkspace.create_from_checkpoint(path, output_dir=tmp_path / "made")
+    assert same_tensors(made.model, run.model)
+
+
+def test_an_interrupt_while_waiting_forgets_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = workspace(tmp_path)
+    gate = Gate(monkeypatch, NoSpace("the disk is full"))
+    run.save_checkpoint()
+    thread: Any = run.saver._thread
+    with monkeypatch.context() as patch:
+        patch.setattr(thread, "join", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run.saver.join()
+    gate.opened.set()
+    with pytest.raises(NoSpace):
+        run.saver.join()
+
+
+def test_a_state_in_the_middle_of_a_step_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = workspace(tmp_path)
+    run.run(until_step=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(run.ema, "step", lambda model: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run.run(until_step=6)
+    for call in (run.save_checkpoint, run.run):
+        with pytest.raises(InvalidInput, match="interrupted within step 4"):
+            call()
+    run.load_checkpoint()
+    run.run(until_step=6)
+    whole = workspace(tmp_path, "whole")
+    whole.run(until_step=6)
+    assert same_tensors(whole.model, run.model)
 
 
 @pytest.mark.parametrize("next_call", ["save", "load", "run"])
@@ -494,6 +682,18 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
         other.run()
     assert error.value.step < 8
     assert not (tmp_path / "other" / "checkpoints").exists()
+
+
+def test_weights_that_are_not_finite_replace_no_good_checkpoint(tmp_path: Path) -> None:
+    run = workspace(tmp_path)
+    path = Path(run.save_checkpoint(use_thread=False))
+    good = path.read_bytes()
+    with torch.no_grad():
+        next(run.model.parameters()).fill_(float("inf"))
+    with pytest.raises(TrainingDiverged, match="has values that are not finite"):
+        run.save_checkpoint()
+    run.saver.join()
+    assert path.read_bytes() == good
 
 
 def test_a_torn_checkpoint_is_refused_and_nothing_is_changed(tmp_path: Path) -> None:
