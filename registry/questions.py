@@ -49,8 +49,8 @@ class Questions:
 
     def architecture(self, reference: str) -> Architecture | None:
         """Class and constructor arguments of the model of a version: as the pushed module said them
-        (`constructor_arguments`), else those of the base that it was trained on, and of that one's base. Nothing is
-        imported by the name of the class.
+        (`constructor_arguments`), or the pushed file (`model_config`), else those of the base that it was trained on,
+        and of that one's base. Nothing is imported by the name of the class.
 
         Returns:
             None where none of them has any.

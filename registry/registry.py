@@ -221,12 +221,13 @@ class Registry(Questions, Transfer, Upkeep):
             format: `native` gives the very files that were pushed; `peft` a folder that
                 `PeftModel.from_pretrained` takes, with the PEFT version that a live push captured, also of an
                 adapter within a checkpoint; `safetensors` one file with the configuration in its header; `pth` one
-                file in pdp's forms, which `torch.load(weights_only=True)` opens.
+                file in pdp's forms, which `torch.load(weights_only=True)` opens. The latter two say the version's
+                `architecture`, where it has one.
             force: replace files that are there. Into a folder that is there already, file by file.
 
         Raises:
             DestinationExists, InvalidInput: nothing is written.
-            DigestMismatch, BlobNotFound: the store is damaged; nothing is left behind.
+            DigestMismatch, BlobNotFound, Corrupt: the store is damaged; nothing is left behind.
             ReadOnly, NoSpace
         """
         from registry.operations.pull import pull

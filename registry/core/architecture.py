@@ -43,7 +43,7 @@ class Architecture:
         what = "the architecture"
         _check_name(self.class_name, what)
         arguments = dict(self.arguments)
-        _check(arguments, "arguments", 0)
+        _Check().value(arguments, "arguments")
         tree = {"format": FORMAT, "class": self.class_name, "arguments": arguments}
         data = state_document(tree, tensor_name=lambda value: None, what=what)
         if len(data) > MAX_BYTES:
@@ -77,7 +77,7 @@ def read_architecture(data: bytes, what: str) -> Architecture:
     _check_name(tree["class"], what)
     if not isinstance(tree["arguments"], dict):
         raise InvalidInput(f"{what}: the arguments are a {type(tree['arguments']).__name__}; expected them by name")
-    _check(tree["arguments"], f"{what}, arguments", 0)
+    _Check().value(tree["arguments"], f"{what}, arguments")
     return Architecture(tree["class"], tree["arguments"])
 
 
@@ -88,29 +88,47 @@ def _check_name(name: object, what: str) -> None:
         )
 
 
-def _check(value: object, where: str, depth: int) -> None:
-    """
-    Raises:
-        InvalidInput: it is not what an argument may be.
-    """
-    if depth > MAX_DEPTH:
-        raise InvalidInput(f"{where}: nested over {MAX_DEPTH} deep, or within itself; give flatter data")
-    if isinstance(value, Enum):  # one of text or numbers would come back as another value
-        raise InvalidInput(f"{where}: a {type(value).__name__} is no plain data; give its value")
-    if value is None or isinstance(value, bool | float | str):
-        return
-    if isinstance(value, int):
-        if value.bit_length() > _MAX_BITS:
-            raise InvalidInput(f"{where}: an integer of {value.bit_length()} bits; expected at most {_MAX_BITS}")
-    elif isinstance(value, list | tuple):
-        for place, item in enumerate(value):
-            _check(item, f"{where}[{place}]", depth + 1)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise InvalidInput(f"{where}: the key {shown(repr(key))} is no text; name it by one")
-            _check(item, f"{where}[{shown(repr(key))}]", depth + 1)
-    else:
-        raise InvalidInput(
-            f"{where}: a {type(value).__name__} is no plain data; expected None, numbers, text, lists, tuples and dicts"
-        )
+class _Check:
+    """Looks at every argument. What they come to in the document is counted, so that parts that are shared without end
+    are refused before they are written out."""
+
+    def __init__(self) -> None:
+        self._left = MAX_BYTES
+
+    def value(self, value: object, where: str, depth: int = 0) -> None:
+        """
+        Raises:
+            InvalidInput: it is not what an argument may be.
+        """
+        if depth > MAX_DEPTH:
+            raise InvalidInput(f"{where}: nested over {MAX_DEPTH} deep, or within itself; give flatter data")
+        if isinstance(value, Enum):  # one of text or numbers would come back as another value
+            raise InvalidInput(f"{where}: a {type(value).__name__} is no plain data; give its value")
+        self._count(1 + len(value) if isinstance(value, str) else 1, where)
+        if value is None or isinstance(value, bool | float | str):
+            return
+        if isinstance(value, int):
+            if value.bit_length() > _MAX_BITS:
+                raise InvalidInput(f"{where}: an integer of {value.bit_length()} bits; expected at most {_MAX_BITS}")
+        elif isinstance(value, list | tuple):
+            for place, item in enumerate(value):
+                self.value(item, f"{where}[{place}]", depth + 1)
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                if not isinstance(key, str):
+                    raise InvalidInput(f"{where}: the key {shown(repr(key))} is no text; name it by one")
+                self._count(len(key), where)
+                self.value(item, f"{where}[{shown(repr(key))}]", depth + 1)
+        else:
+            raise InvalidInput(
+                f"{where}: a {type(value).__name__} is no plain data; expected None, numbers, text, lists, tuples and "
+                "dicts"
+            )
+
+    def _count(self, size: int, where: str) -> None:
+        self._left -= size
+        if self._left < 0:
+            raise InvalidInput(
+                f"{where}: the architecture is larger than this; expected at most {MAX_BYTES} bytes: give data by its "
+                "name or path"
+            )

@@ -15,6 +15,7 @@ from registry.core.manifest import check_file_path
 from registry.core.reference import shown
 from registry.formats.attachments import ATTACHMENT_LIMIT, FolderListing, attachments, list_folder
 from registry.formats.kinds import kind_of
+from registry.formats.model_config import described_by_header
 from registry.formats.model_source import read_model_folder
 from registry.formats.payloads import read_pickled_file, source_of
 from registry.formats.pickled import Components
@@ -160,13 +161,15 @@ def read_safetensors_file(path: Path) -> Source:
                 f"pushed without its {ADAPTER_CONFIG}, so lora_alpha is unknown"
                 + (f"; push the folder {shown(str(path.parent), 200)} to keep it" if beside else ""),
             )
+        described, about = described_by_header(tensors.header.metadata)
         return Source(
             form="safetensors file",
             kind=kind,
             tensor_files=(tensors,),
             config=config,
             peft_version=None if config is None else config.peft_version,
-            notes=notes,
+            described=described,
+            notes=(*notes, *about),
             resources=stack.pop_all(),
         )
 

@@ -20,6 +20,7 @@ from registry.core.state_document import Inert
 from registry.core.tensor_names import is_adapter_tensor
 from registry.formats.guide_config import config_from_settings, has_settings
 from registry.formats.kinds import kind_of
+from registry.formats.model_config import MODEL_CONFIG, described_by, names_a_class
 from registry.formats.pickled import Components, PickledFile, opaque_note
 from registry.formats.pickles import Opaque, PickleFile, TensorRef, read_pickle_bytes, read_pickle_file
 from registry.formats.source import OpenFile, Source, TensorFile, open_regular, source_errors
@@ -90,6 +91,8 @@ def source_of(
     components = Components(what)
     notes = [*opaque_note(found), *payload.notes]
     _collect(payload, components, what)
+    described, about = described_by(payload.training)
+    notes += about
     config = _config(payload, components, what)
     kind = _kind(payload, components, config)
     if kind == "adapter" and config is None:
@@ -101,6 +104,7 @@ def source_of(
         config=config,
         data=components.data,
         metadata=dict(_asked_for(payload.training)),
+        described=described,
         notes=tuple(notes),
         resources=resources.pop_all(),
     )
@@ -171,7 +175,9 @@ def take_apart(found: PickleFile, what: str) -> Payload:
     if has_settings(rest.get("lora_config")):
         payload.settings = rest.pop("lora_config")
     for key, value in rest.items():
-        if isinstance(value, dict | list | tuple) and (_has_tensor(value) or (key in ROLES and value)):
+        if key == MODEL_CONFIG and names_a_class(value):
+            payload.training[key] = value  # no state dict, whatever stands in it
+        elif isinstance(value, dict | list | tuple) and (_has_tensor(value) or (key in ROLES and value)):
             _add(payload, _role(key, what), str(key), value, what)
         else:
             payload.training[key] = value
@@ -302,8 +308,8 @@ def _kind(payload: Payload, components: Components, config: AdapterConfig | None
     if roles != {"model"} or config is not None:
         return "checkpoint"
     kind = kind_of(components.layout_of("model"))
-    # Epochs and settings beside a model make it a checkpoint of a run; what a merge notes does not.
-    trained = set(payload.training) - {"model_type"}
+    # Epochs and settings beside a model make it a checkpoint of a run; what it is, and how it was built, do not.
+    trained = set(payload.training) - {"model_type", MODEL_CONFIG}
     return "checkpoint" if kind == "base" and trained else kind
 
 

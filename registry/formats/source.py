@@ -297,7 +297,8 @@ class Source:
         data: state documents (core.state_document) by component, for those that hold more than tensors. A component
             without a tensor stands here alone.
         metadata: what the artifact says of itself and users ask for, such as its epoch.
-        described: what is kept beside the version, by role (`probe`, `history`): blobs that an event names.
+        described: what is kept beside the version, by role (`probe`, `architecture`, `history`): blobs that an event
+            names.
         described_later: the same for what takes seconds to find out (`live_names`): asked for by a push whose version
             has none yet.
         origin: where it came from, plain data for the `pushed` event: `path`, `hub_id`, `revision`.

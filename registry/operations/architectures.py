@@ -1,5 +1,6 @@
-"""Architectures of versions: recorded when a live model that says how it was built is pushed, and read again by who
-wants to build one like it. torch is imported only for a push of something live."""
+"""Architectures of versions: recorded when a live model that says how it was built is pushed (a file says it to who
+opens it: formats.model_config), and read again by who wants to build one like it. torch is imported only for a push of
+something live."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Versions in other forms than they were pushed in: a PEFT folder, one safetensors file with its configuration in
-the header, and the `.pth` of pdp. Tensors are the stored ones, proven by their digests on the way out."""
+the header, and the `.pth` of pdp; the latter two say how the network was built. Tensors are the stored ones, proven by
+their digests on the way out."""
 
 from __future__ import annotations
 
@@ -13,12 +14,14 @@ from registry.catalog.contents import Contents, StoredComponent, StoredFile
 from registry.catalog.versions import VersionRecord
 from registry.core.adapter_config import AdapterConfig
 from registry.core.adapter_names import targets_of
+from registry.core.architecture import Architecture
 from registry.core.digest import tensor_hasher
 from registry.core.errors import DigestMismatch, InvalidInput
 from registry.core.layout import DTYPE_BITS, Layout, TensorSpec
 from registry.core.safetensors_header import build_header
 from registry.core.tensor_names import canonical_name, is_adapter_tensor, split_at_tuner
 from registry.formats.guide_config import settings_from_config
+from registry.formats.model_config import MODEL_CONFIG, header_text, model_config
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_TENSORS, CONFIG_IN_HEADER
 from registry.operations.load import config_of, read_tensors
 from registry.operations.reading import BlobReader, file_bytes
@@ -26,6 +29,8 @@ from registry.store.interface import BlobStore
 
 PullFormat = Literal["native", "peft", "safetensors", "pth"]
 FORMATS: tuple[PullFormat, ...] = ("native", "peft", "safetensors", "pth")
+WITH_ARCHITECTURE: tuple[PullFormat, ...] = ("safetensors", "pth")
+"""Those that say how the network was built."""
 PEFT_PREFIX = "base_model.model."
 
 
@@ -48,6 +53,7 @@ class Stored:
 
     Attributes:
         config: its adapter's configuration, if it has one.
+        architecture: of its network, if it is known.
     """
 
     record: VersionRecord
@@ -55,19 +61,28 @@ class Stored:
     reader: BlobReader
     blobs: BlobStore
     config: AdapterConfig | None
+    architecture: Architecture | None
 
 
 def outputs(
-    blobs: BlobStore, reader: BlobReader, record: VersionRecord, contents: Contents, format: PullFormat
+    blobs: BlobStore,
+    reader: BlobReader,
+    record: VersionRecord,
+    contents: Contents,
+    format: PullFormat,
+    architecture: Architecture | None = None,
 ) -> list[Output]:
     """The files of a version in a form.
+
+    Args:
+        architecture: of the network; said in the forms of `WITH_ARCHITECTURE`.
 
     Raises:
         InvalidInput: the version cannot have this form; says why and which it can have.
         DigestMismatch, BlobNotFound, Corrupt
     """
     config = None if format == "native" else config_of(blobs, reader, contents)
-    stored = Stored(record, contents, reader, blobs, config)
+    stored = Stored(record, contents, reader, blobs, config, architecture)
     if format == "native":
         return [_as_it_is(stored, file) for file in contents.files]
     if format == "peft":
@@ -152,6 +167,8 @@ def _write_safetensors(stored: Stored, out: BinaryIO) -> None:
         if stored.record.peft_version is not None:
             document.setdefault("peft_version", stored.record.peft_version)
         metadata[CONFIG_IN_HEADER] = json.dumps(document, ensure_ascii=False)
+    if stored.architecture is not None:
+        metadata[MODEL_CONFIG] = header_text(stored.architecture)
     if stored.record.kind == "adapter":
         _write_tensors(stored, _adapter_tensors(stored), metadata, out)
     else:
@@ -204,6 +221,8 @@ def _write_pth(stored: Stored, out: BinaryIO) -> None:
             payload["lora_config"] = settings_from_config(stored.config, adapted, record.reference)
         else:
             payload["model_type"] = record.kind
+    if stored.architecture is not None:
+        payload[MODEL_CONFIG] = model_config(stored.architecture)
     try:
         torch.save(payload, out)
     except RuntimeError as error:

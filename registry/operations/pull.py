@@ -23,8 +23,9 @@ from registry.core.errors import (
     StorageError,
 )
 from registry.core.reference import parse_reference, shown
+from registry.operations.architectures import architecture
 from registry.operations.context import Context
-from registry.operations.converting import FORMATS, Output, outputs
+from registry.operations.converting import FORMATS, WITH_ARCHITECTURE, Output, outputs
 from registry.operations.reading import BlobReader, refuse_external
 
 TEMPORARY = ".registry-pull-"
@@ -62,8 +63,9 @@ def pull(
         record = records(connection, [key.id])[0]
         contents = read_contents(connection, key.id)
     refuse_external(contents, record.reference)
+    built = architecture(context, record.reference) if wanted in WITH_ARCHITECTURE else None
     with BlobReader(context.store.blobs) as reader, write_errors(destination):
-        files = outputs(context.store.blobs, reader, record, contents, wanted)
+        files = outputs(context.store.blobs, reader, record, contents, wanted, built)
         single = len(files) == 1 and format != "peft"
         written = _write(files, _place(destination, files, single), single, force)
         total = sum(path.stat().st_size for path in written)
