@@ -31,22 +31,19 @@ from pdp.files import (
     write_tree,
 )
 from pdp.loading import fit, refused_arguments
-from pdp.lora_settings import LoraSettings, make_settings
+from pdp.lora_building import RegistryLike, Source, base_of, check_ranks, lora_arguments, refuse_another, settings_of
+from pdp.lora_settings import make_settings
 from pdp.modules_v2 import optim_groups
 from pdp.state_names import adapter_part, base_part
 from pdp.targets import resolve_targets
-from registry import Registry
 from registry.core.content_digest import PLAIN_INITS
-from registry.core.errors import Incompatible, InvalidInput
+from registry.core.errors import InvalidInput
 from registry.formats.live import adapter_tensors, find_adapted, live_config
 from registry.formats.module_state import ModuleState
 from registry.formats.paths import CONFIG_IN_HEADER
 from registry.formats.tuner_layers import refuse_merged
 
-RegistryLike = Registry | str | os.PathLike[str] | None
 Path = str | os.PathLike[str]
-Source = Path | Checkpoint
-"""A path, or a checkpoint that was opened before."""
 ADAPTER = "default"
 
 
@@ -265,7 +262,7 @@ class LoraTransformerForDiffusion(nn.Module):
         """
         checkpoint = read_checkpoint(path, registry)
         if isinstance(checkpoint, RegistryCheckpoint) and checkpoint.kind == "adapter" and strict is not False:
-            _refuse_another(checkpoint, self.base_model)
+            refuse_another(checkpoint, self.base_model)
             checkpoint.registry.load(checkpoint.reference, self)
             return
         self.fit_checkpoint(checkpoint, strict=_strict(strict, checkpoint), only_adapter=True)()
@@ -340,12 +337,12 @@ class LoraTransformerForDiffusion(nn.Module):
             InvalidInput, NotFound, StorageError
         """
         checkpoint = read_checkpoint(checkpoint_path, registry)
-        _settings_of(checkpoint)  # before anything is built
-        source, base_reference = _base_of(checkpoint, base_model_path, registry)
+        settings_of(checkpoint)  # before anything is built
+        source, base_reference = base_of(checkpoint, base_model_path, registry)
         own = source is checkpoint
         weights = base_part(checkpoint.averaged if use_ema else checkpoint.network) if own else source.base
         base = build_network(source if own or source.architecture is not None else checkpoint, weights, classes)
-        _refuse_another(checkpoint, base)
+        refuse_another(checkpoint, base)
         fit(base, weights, strict=True, what=source.what)()
         model = cls._put_on(base, checkpoint, use_ema=use_ema, own_base=source is checkpoint)
         model.base_reference = base_reference
@@ -363,15 +360,15 @@ class LoraTransformerForDiffusion(nn.Module):
             InvalidInput, NotFound, StorageError
         """
         checkpoint = read_checkpoint(checkpoint_path, registry)
-        _settings_of(checkpoint)
-        _refuse_another(checkpoint, base_model)
+        settings_of(checkpoint)
+        refuse_another(checkpoint, base_model)
         return cls._put_on(base_model, checkpoint, use_ema=use_ema, own_base=False).eval()
 
     @classmethod
     def _put_on(
         cls, base: nn.Module, checkpoint: Checkpoint, *, use_ema: bool, own_base: bool
     ) -> LoraTransformerForDiffusion:
-        settings = _settings_of(checkpoint)
+        settings = settings_of(checkpoint)
         changing = settings.options.get("init_lora_weights", True)
         if not own_base and changing is not True and changing not in PLAIN_INITS:
             raise CheckpointError(
@@ -379,70 +376,15 @@ class LoraTransformerForDiffusion(nn.Module):
                 "needs the base that it was saved with: use the full checkpoint"
             )
         adapter = adapter_part(checkpoint.averaged if use_ema else checkpoint.network)
-        _check_ranks(settings, adapter, checkpoint.what)
+        check_ranks(settings, adapter, checkpoint.what)
         before = ModuleState(base)
         try:
-            model = cls(base, **_arguments(settings))
+            model = cls(base, **lora_arguments(settings))
             fit(model, adapter, strict=True, what=checkpoint.what, only_adapter=True)()
         except BaseException:
             before.restore()
             raise
         return model
-
-
-def _refuse_another(checkpoint: Checkpoint, network: nn.Module) -> None:
-    """
-    Raises:
-        Incompatible: the checkpoint says of its network what this one is not.
-    """
-    differing = refused_arguments(architecture_differences(checkpoint.architecture, network))
-    if differing:
-        raise Incompatible(f"{checkpoint.what} was trained on another network; nothing was changed", differing)
-
-
-def _settings_of(checkpoint: Checkpoint) -> LoraSettings:
-    settings = checkpoint.settings
-    if settings is None:
-        raise CheckpointError(f"{checkpoint.what} holds no LoRA; load it with from_checkpoint of its network's class")
-    return settings
-
-
-def _check_ranks(settings: LoraSettings, adapter: Mapping[str, Tensor], what: str) -> None:
-    """
-    Raises:
-        CheckpointError: the settings ask for larger ranks than any of the tensors has.
-    """
-    found = [one.shape[0] for name, one in adapter.items() if name.endswith("lora_A.weight") and one.dim() == 2]
-    said = max(settings.r, *settings.options.get("rank_pattern", {}).values(), 0)
-    if said > max(found, default=0):
-        raise CheckpointError(f"{what} says rank {said}, and the largest of its tensors is {max(found, default=0)}")
-
-
-def _arguments(settings: LoraSettings) -> dict[str, Any]:
-    options = {key: value for key, value in settings.options.items() if key != "init_lora_weights"}
-    return {
-        "lora_r": settings.r,
-        "lora_alpha": settings.alpha,
-        "lora_dropout": settings.dropout,
-        "target_modules": settings.target_modules,
-        "apply_to": settings.apply_to,
-        **options,
-    }
-
-
-def _base_of(checkpoint: Any, base_path: Source | None, registry: RegistryLike) -> tuple[Any, str | None]:
-    """Where the base's weights come from, and the version that they are, if one."""
-    if base_path is not None:
-        source = read_checkpoint(base_path, registry)
-        return source, source.reference if isinstance(source, RegistryCheckpoint) else None
-    declared = checkpoint.base_reference if isinstance(checkpoint, RegistryCheckpoint) else None
-    if checkpoint.base:
-        return checkpoint, declared
-    if declared is not None:
-        return read_checkpoint(f"registry://{declared}", checkpoint.registry), declared
-    raise CheckpointError(
-        f"{checkpoint.what} holds an adapter alone; give the network that it was trained on as base_model_path"
-    )
 
 
 def _strict(given: bool | None, checkpoint: Checkpoint) -> bool:

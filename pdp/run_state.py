@@ -116,6 +116,9 @@ def take_state(
             if strict:
                 raise
             say(f"{refusal}; the optimizer begins anew")
+    # Names of files to keep and to delete are those of this folder, or nobody's.
+    if workspace.topk.k and _is_in(checkpoint, workspace.topk.save_dir) and "topk" in checkpoint.training:
+        steps.append(workspace.topk.fit_state(checkpoint.training["topk"], checkpoint.what))
     steps.append(workspace.trainer.fit(checkpoint, wanted))
     found = {key: checkpoint.training[key] for key in attributes if key in checkpoint.training}
     for key in {"global_step", "epoch"} & found.keys():
@@ -126,9 +129,6 @@ def take_state(
     for key, value in found.items():
         setattr(workspace, key, value)
     workspace.metrics = metrics
-    # Names of files to keep and to delete are those of this folder, or nobody's.
-    if workspace.topk.k and _is_in(checkpoint, workspace.topk.save_dir) and "topk" in checkpoint.training:
-        workspace.topk.load_state_dict(checkpoint.training["topk"])
 
 
 def _metrics_of(checkpoint: Checkpoint) -> dict[str, float]:

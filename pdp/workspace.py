@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf, read_write
+from omegaconf import OmegaConf
 from torch import nn
 
-from pdp.building import architecture_differences, make_network, read_off_shapes
 from pdp.checkpoints import (
     Checkpoint,
     RegistryCheckpoint,
@@ -24,20 +23,18 @@ from pdp.configuration import read_config
 from pdp.ema import EMAModel
 from pdp.errors import ConfigError
 from pdp.files import check_path, is_registry_url, on_cpu, refuse_push_options, write_tree
-from pdp.loading import fit, refused_arguments, say
 from pdp.lora_model import LoraTransformerForDiffusion, network_state
 from pdp.policy import DiffusionPolicy
-from pdp.policy_loading import DEFAULT_NOISE, make_noise_scheduler, recorded_noise
 from pdp.random_state import seed_everything
 from pdp.recorded_config import config_of
+from pdp.run_policy import make_policy
 from pdp.run_state import check_excluded, made_of, state_tree, take_state
 from pdp.saving import BackgroundSaver
 from pdp.topk import TopKCheckpointManager
 from pdp.training import Trainer
 from pdp.utils.lora_utils import push_tree
 from registry import Registry
-from registry.core.architecture import Architecture
-from registry.core.errors import Incompatible, InvalidInput, SourceNotFound
+from registry.core.errors import InvalidInput, SourceNotFound
 
 PathLike = str | os.PathLike[str]
 LATEST = "latest"
@@ -93,7 +90,8 @@ class DiffusionPolicyWorkspace:
         self._parent: str | None = None
 
         seed_everything(self.cfg.training.seed)
-        self.policy = self._make_policy().to(self.device)
+        policy, self.base_reference = make_policy(self.cfg, self.classes, self._registry)
+        self.policy = policy.to(self.device)
         average = {str(key): value for key, value in self.cfg.ema.items()}
         self.ema = EMAModel(self.policy.model, **average) if self.cfg.training.use_ema else None
         optimizer = self.cfg.optimizer
@@ -107,61 +105,6 @@ class DiffusionPolicyWorkspace:
         self.trainer = Trainer(self)
 
     # ------------------------------------------------------------ made from the configuration
-
-    def _make_policy(self) -> DiffusionPolicy:
-        section = self.cfg.policy
-        given: Any = {} if section.model is None else OmegaConf.to_container(section.model)
-        arguments = {str(key): value for key, value in given.items()}
-        if arguments and arguments.get("output_dim") is None and "input_dim" in arguments:
-            arguments["output_dim"] = arguments["input_dim"]
-        recorded = Architecture(str(arguments.pop("_target_", "")), arguments)
-        base: Checkpoint | None = None
-        if section.lora is not None and section.lora.base_model_path is not None:
-            base = read_checkpoint(section.lora.base_model_path, self._registry)
-            if base.adapter:
-                raise ConfigError(
-                    f"policy.lora.base_model_path: {base.what} holds a LoRA; merge it first (merge_lora_weights), or "
-                    "load it"
-                )
-            if "ema" in base.roles:
-                say(
-                    f"{base.what} has a moving average, and the LoRA is put on the weights themselves; save_policy "
-                    "gives a "
-                    "base of the average"
-                )
-            if not arguments:
-                recorded = base.architecture or Architecture("", read_off_shapes(base.base, base.what))
-        if section.lora is not None and base is None and not arguments:
-            raise ConfigError(
-                "policy.lora.base_model_path not set; give the network that the LoRA is for, or policy.model"
-            )
-        network = make_network(recorded, self.classes, "policy.model", ConfigError)
-        self.base_reference = self.cfg.registry.base
-        if base is not None:
-            differing = refused_arguments(architecture_differences(base.architecture, network))
-            if differing:
-                raise Incompatible(f"{base.what} is of another network than policy.model", differing)
-            fit(network, base.base, strict=True, what=base.what)()
-            if self.base_reference is None and isinstance(base, RegistryCheckpoint):
-                self.base_reference = base.reference
-        if section.lora is not None:
-            lora: Any = OmegaConf.to_container(section.lora)
-            lora.pop("base_model_path")
-            network = LoraTransformerForDiffusion(network, **{**lora.pop("lora_options"), **lora})
-            network.base_reference = self.base_reference
-        noise: Any = None if section.noise_scheduler is None else OmegaConf.to_container(section.noise_scheduler)
-        steps = section.num_inference_steps
-        if not noise and base is not None and (its := recorded_noise(base)) is not None:
-            noise, steps = its[0], steps or its[1]
-        noise = noise or DEFAULT_NOISE
-        policy = DiffusionPolicy(network, make_noise_scheduler(noise), steps)
-        # A checkpoint's configuration stands for itself: it has what was taken from the base and from defaults.
-        made_of = {**({"_target_": recorded.class_name} if recorded.class_name else {}), **recorded.arguments}
-        with read_write(self.cfg):
-            section.model, section.noise_scheduler, section.num_inference_steps = made_of, noise, steps
-        if base is not None and base.normalizer:
-            policy.fit_normalizer_state(base.normalizer, base.what)()
-        return policy
 
     def _make_topk(self) -> TopKCheckpointManager:
         topk = self.cfg.checkpoint.topk

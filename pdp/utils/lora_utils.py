@@ -27,7 +27,8 @@ from pdp.files import (
     write_tree,
 )
 from pdp.loading import fit_average, live_tensors, say
-from pdp.lora_model import LoraTransformerForDiffusion, RegistryLike
+from pdp.lora_building import RegistryLike
+from pdp.lora_model import LoraTransformerForDiffusion
 from pdp.lora_settings import read_settings
 from pdp.state_names import base_part
 from pdp.training_state import fit_optimizer, fit_scheduler
