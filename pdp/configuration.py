@@ -14,7 +14,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pdp.errors import ConfigError
-from registry.core.reference import URL_SCHEME, shown
+from registry.core.reference import URL_SCHEME, parse_push_target, shown
 
 WORKSPACE = "pdp.workspace.DiffusionPolicyWorkspace"
 
@@ -279,6 +279,8 @@ def _check_ranges(cfg: Any) -> None:
         value = cfg.registry[key]
         if value is not None and not value.startswith(URL_SCHEME):
             raise ConfigError(f"registry.{key} is {shown(value)}; expected a URL such as registry://walk/run:night")
+        if value is not None:
+            parse_push_target(value)
     at_least = {
         "training.num_epochs": (cfg.training.num_epochs, 0),
         "training.lr_warmup_steps": (cfg.training.lr_warmup_steps, 0),

@@ -190,8 +190,7 @@ def _check_init(value: object, what: str) -> None:
     if not (isinstance(value, bool) or (isinstance(value, str) and _INIT.fullmatch(value))):
         raise ConfigError(
             f"{what}: init_lora_weights is {shown(repr(value))}; expected true, false, gaussian, orthogonal, olora, "
-            "pissa or "
-            "pissa_niter_N"
+            "pissa or pissa_niter_N"
         )
 
 

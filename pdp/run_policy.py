@@ -78,8 +78,7 @@ def _base_of(path: str | None, registry: Registry | str | os.PathLike[str] | Non
     if "ema" in base.roles:
         say(
             f"{base.what} has a moving average, and the LoRA is put on the weights themselves; save_policy gives a "
-            "base "
-            "of the average"
+            "base of the average"
         )
     return base
 

@@ -75,8 +75,7 @@ class Trainer:
         if self._within_step:
             raise InvalidInput(
                 f"training was interrupted within step {self.workspace.global_step}, so its state is of no step; go "
-                "on from "
-                "the last checkpoint: load_checkpoint()"
+                "on from the last checkpoint: load_checkpoint()"
             )
         for name, parameter in self.workspace.model.named_parameters():
             if not bool(parameter.isfinite().all()):
@@ -207,8 +206,7 @@ class Trainer:
             if len(held_out) and section.drop_last and len(held_out) < section.batch_size:
                 raise ConfigError(
                     f"val_dataloader.batch_size is {section.batch_size} with drop_last, and there are {len(held_out)} "
-                    "windows "
-                    "for validation: there is no batch"
+                    "windows for validation: there is no batch"
                 )
             self._held_out = held_out if len(held_out) else None
         if workspace.topk.k and workspace.rollout is None:
@@ -232,7 +230,7 @@ class Trainer:
         )
 
     def _check_same_data(self) -> None:
-        before, now = self._restored.get("data_order"), self.state().get("data_order")
+        before, now = self._restored.pop("data_order", None), self.state().get("data_order")
         if isinstance(before, Mapping) and now is not None and dict(before) != now:
             changed = [
                 f"{key}: {before.get(key)} before, {value} now"
@@ -291,8 +289,8 @@ class Trainer:
         except (ArithmeticError, ValueError) as error:
             raise ConfigError(
                 f"training.lr_scheduler {training.lr_scheduler!r} does not go with optimizer.lr "
-                f"{self.workspace.cfg.optimizer.lr}, "
-                f"training.lr_warmup_steps {training.lr_warmup_steps} and {steps} steps: {error}"
+                f"{self.workspace.cfg.optimizer.lr}, training.lr_warmup_steps {training.lr_warmup_steps} and {steps} "
+                f"steps: {error}"
             ) from error
         return made
 

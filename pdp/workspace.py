@@ -22,7 +22,7 @@ from pdp.checkpoints import (
 from pdp.configuration import read_config
 from pdp.ema import EMAModel
 from pdp.errors import ConfigError
-from pdp.files import check_path, is_registry_url, on_cpu, refuse_push_options, write_tree
+from pdp.files import check_path, check_push_options, is_registry_url, on_cpu, refuse_push_options, write_tree
 from pdp.lora_model import LoraTransformerForDiffusion, network_state
 from pdp.policy import DiffusionPolicy
 from pdp.random_state import seed_everything
@@ -35,6 +35,7 @@ from pdp.training import Trainer
 from pdp.utils.lora_utils import push_tree
 from registry import Registry
 from registry.core.errors import InvalidInput, SourceNotFound
+from registry.core.reference import parse_push_target
 
 PathLike = str | os.PathLike[str]
 LATEST = "latest"
@@ -188,8 +189,7 @@ class DiffusionPolicyWorkspace:
             exclude_keys: state dicts to leave out: `model`, `ema_model`, `normalizer`, `optimizer`, `scheduler`, `rng`.
             include_keys: further attributes of this object to keep; plain values.
             push: of a URL alone: `base`, `tags`, `metadata`, `metrics`, `message`, ... as `Registry.push` takes them.
-            Metrics
-                are by default the newest ones, `continued_from` is the version before.
+                Metrics are by default the newest ones, `continued_from` is the version before.
 
         Returns:
             The path; of a push without thread the version, as `registry://namespace/name@number`.
@@ -222,8 +222,7 @@ class DiffusionPolicyWorkspace:
     def save_policy(self, path: PathLike, **push: Any) -> str:
         """Saves the policy alone, to act and to put a LoRA on: the network (averaged, where there is an average),
         normaliser, configuration. Arguments and errors as for `save_checkpoint`; a push names the checkpoint that it
-        came
-        from, where that was pushed at the same step."""
+        came from, where that was pushed at the same step."""
         self.saver.join()
         network = self.ema_model or self.model
         tree = {
@@ -267,7 +266,10 @@ class DiffusionPolicyWorkspace:
         if is_registry_url(target) and tag != LATEST:
             given["tags"] = [*given.get("tags", ()), tag]
         second = (latest or self.get_checkpoint_path()) if also_latest else None
-        if not is_registry_url(target):
+        if is_registry_url(target):
+            parse_push_target(target)
+            check_push_options(given)
+        else:
             check_path(target)
         self.saver.join()
         self.trainer.refuse_broken()

@@ -286,6 +286,16 @@ def test_pushed_checkpoints_know_where_they_came_from_and_their_metrics(tmp_path
         assert "walk/run@1" in {log.names[edge.parent_id] for edge in log.ancestors}
 
 
+@pytest.mark.parametrize("url", ["registry://walk", "registry://walk/run:latest", "registry://walk/run@1"])
+def test_a_url_that_cannot_be_pushed_to_is_refused_before_anything_is_done(url: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="walk|latest"):
+        workspace(tmp_path).save_checkpoint(url)
+    with pytest.raises(InvalidInput, match="walk|latest"):
+        workspace(tmp_path, registry__push=url)
+    with pytest.raises(InvalidInput, match="a push has no option metric; did you mean metrics"):
+        workspace(tmp_path).save_checkpoint("registry://walk/run", metric={})
+
+
 def test_a_lora_run_has_its_base_and_stores_it_once(tmp_path: Path) -> None:
     with Registry.init(tmp_path / "registry") as registry:
         base = workspace(tmp_path, "base", registry=registry, registry__push_policy="registry://walk/base:v1")
