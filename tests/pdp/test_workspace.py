@@ -288,9 +288,9 @@ def test_pushed_checkpoints_know_where_they_came_from_and_their_metrics(tmp_path
 
 @pytest.mark.parametrize("url", ["registry://walk", "registry://walk/run:latest", "registry://walk/run@1"])
 def test_a_url_that_cannot_be_pushed_to_is_refused_before_anything_is_done(url: str, tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="walk|latest"):
+    with pytest.raises(InvalidInput, match=r"walk|latest"):
         workspace(tmp_path).save_checkpoint(url)
-    with pytest.raises(InvalidInput, match="walk|latest"):
+    with pytest.raises(InvalidInput, match=r"walk|latest"):
         workspace(tmp_path, registry__push=url)
     with pytest.raises(InvalidInput, match="a push has no option metric; did you mean metrics"):
         workspace(tmp_path).save_checkpoint("registry://walk/run", metric={})
