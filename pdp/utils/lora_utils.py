@@ -342,7 +342,7 @@ def lora_of(model: object) -> LoraTransformerForDiffusion:
 
 def plain_config(cfg: Any) -> Any:
     """A configuration as plain data, interpolations resolved."""
-    if "omegaconf" not in sys.modules:
+    if sys.modules.get("omegaconf") is None:
         return cfg  # then it is none of OmegaConf's
     from omegaconf import OmegaConf
 
