@@ -324,8 +324,27 @@ def _read_zarr(path: Path, wanted: Mapping[str, tuple[str, ...]], what: str) -> 
                     f"{what}: {name} is cut short: {missing} of its {array.nchunks} chunks are not there; copy it "
                     "whole, or write it again (with zarr's write_empty_chunks=True: chunks of zeros are left out else)"
                 )
+            if path.is_dir():
+                _refuse_cut_chunks(path / array.path, array, f"{what}: {name}")
             arrays[name] = numpy.asarray(array[...])
         return arrays, _json_of(dict(root.attrs))
+
+
+def _refuse_cut_chunks(folder: Path, array: Any, what: str) -> None:
+    """Blosc decodes a chunk that is cut by reading on behind it; the length that it should have stands in its
+    header."""
+    if not any("blosc" in type(one).__name__.lower() for one in array.compressors):
+        return
+    for chunk in folder.rglob("*"):
+        if chunk.name.startswith((".", "zarr.json")) or not chunk.is_file():
+            continue
+        with open(chunk, "rb") as file:
+            header = file.read(16)
+        size, said = chunk.stat().st_size, int.from_bytes(header[12:16], "little")
+        if len(header) < 16 or said != size:
+            raise DatasetError(
+                f"{what} is cut short: the chunk {chunk.name} has {size} bytes of {said}; copy it whole again"
+            )
 
 
 def _read_hdf5(path: Path, wanted: Mapping[str, tuple[str, ...]], what: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -129,7 +129,12 @@ class QKVTransformerForDiffusion(nn.Module):
             InvalidInput: an input of another shape.
         """
         self._check_inputs(sample, cond)
-        steps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])
+        steps = torch.as_tensor(timestep, device=sample.device).reshape(-1)
+        if steps.shape[0] not in (1, sample.shape[0]):
+            raise InvalidInput(
+                f"timestep: expected one, or one for each of {sample.shape[0]} samples, found {steps.shape[0]}"
+            )
+        steps = steps.expand(sample.shape[0])
         step_token = sinusoidal_embedding(steps, self.emb_dim).to(sample.dtype)[:, None]
         tokens = torch.cat((step_token, self.cond_obs_emb(cond)), dim=1) + self.cond_pos_emb
         memory = self.drop(tokens)

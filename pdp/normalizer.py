@@ -12,6 +12,8 @@ from registry.core.errors import InvalidInput
 from registry.core.reference import shown
 
 MODES = ("limits", "gaussian")
+MAX_BLUR = 0.05
+"""Of the output's units: how far float32's own rounding of the data may move a normalised value."""
 STATISTICS = ("min", "max", "mean", "std")
 
 
@@ -68,6 +70,10 @@ class LinearNormalizer(nn.Module):
             )
         if last_n_dims < 0:
             raise InvalidInput(f"last_n_dims is {last_n_dims}; expected 0 or more")
+        if not isinstance(data, Mapping):
+            raise InvalidInput(
+                f"data is a {type(data).__name__}; expected a mapping such as {{'obs': ..., 'action': ...}}"
+            )
         if not data:
             raise InvalidInput("there is nothing to fit a normaliser on; give {'obs': ..., 'action': ...}")
         for key in data:
@@ -77,13 +83,14 @@ class LinearNormalizer(nn.Module):
         self.params_dict = nn.ParameterDict({key: _parameters(entry) for key, entry in fitted.items()})
 
     def normalize(self, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Each tensor (..., dim) in units of the network, in float32.
+        """Each tensor or array (..., dim) in units of the network, in float32.
 
         Raises:
             InvalidInput: a key that was not fitted, or another dim.
         """
         found = {}
         for key, x in data.items():
+            x = torch.as_tensor(x)
             scale, offset = self._of(key, x)
             found[key] = x.to(scale.dtype) * scale + offset
         return found
@@ -92,6 +99,7 @@ class LinearNormalizer(nn.Module):
         """Each tensor (..., dim) in units of the data, in float32; errors as for `normalize`."""
         found = {}
         for key, x in data.items():
+            x = torch.as_tensor(x)
             scale, offset = self._of(key, x)
             found[key] = (x.to(scale.dtype) - offset) / scale
         return found
@@ -196,7 +204,7 @@ def _fit(
         expected = ", ".join(("...", *["dim"] * last_n_dims)) if last_n_dims else "..., at least one value"
         raise InvalidInput(f"{shown(key)}: expected data of the form ({expected}), found {tuple(x.shape)}")
     form = x.shape[x.dim() - last_n_dims :]
-    x = x.reshape(-1, form.numel()).to("cpu", torch.float32)
+    x = x.reshape(-1, form.numel()).to("cpu", torch.float64)
     bad = (~x.isfinite()).any(dim=1)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
@@ -224,5 +232,23 @@ def _fit(
     else:
         scale = 1 / torch.where(std < range_eps, torch.ones_like(std), std)
         offset = -mean * scale if fit_offset else torch.zeros_like(scale)
+    scale, offset = scale.float(), offset.float()
+    unusable = ~(scale.isfinite() & offset.isfinite() & (scale.abs() >= torch.finfo(torch.float32).tiny))
+    if bool(unusable.any()):
+        place = int(unusable.nonzero()[0])
+        raise InvalidInput(
+            f"{shown(key)}: dimension {place}, from {float(low[place]):g} to {float(high[place]):g}, has no scale in "
+            "float32 "
+            f"({float(scale[place]):g}); scale the data, or give another range_eps"
+        )
+    # Where float32 cannot tell the data's own values apart, nothing normalised comes back as it was.
+    blurred = (scale * torch.finfo(torch.float32).eps * torch.maximum(low.abs(), high.abs()).float()) > MAX_BLUR
+    if bool(blurred.any()):
+        place = int(blurred.nonzero()[0])
+        raise InvalidInput(
+            f"{shown(key)}: dimension {place} runs from {float(low[place]):.9g} to {float(high[place]):.9g}, which "
+            "float32 cannot "
+            "tell apart; take its mean off first"
+        )
     fitted = {"scale": scale.reshape(form), "offset": offset.reshape(form)}
-    return {**fitted, "input_stats": {name: one.reshape(form) for name, one in stats.items()}}
+    return {**fitted, "input_stats": {name: one.float().reshape(form) for name, one in stats.items()}}

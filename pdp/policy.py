@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,9 +47,10 @@ class DiffusionPolicy(nn.Module):
                 "past_action_visible=True: this policy does not condition on past actions; set it to False"
             )
         steps = noise_scheduler.config.num_train_timesteps
-        if num_inference_steps is not None and not 1 <= num_inference_steps <= steps:
+        whole = num_inference_steps is None or type(num_inference_steps) is int
+        if not whole or (num_inference_steps is not None and not 1 <= num_inference_steps <= steps):
             raise InvalidInput(
-                f"num_inference_steps is {num_inference_steps}; expected 1 to {steps}, the training steps"
+                f"num_inference_steps is {num_inference_steps!r}; expected 1 to {steps}, the training steps"
             )
         self.model = model
         self.noise_scheduler = noise_scheduler
@@ -136,8 +138,8 @@ class DiffusionPolicy(nn.Module):
         Raises:
             InvalidInput: a key is missing or of another shape, or the normaliser is not fitted.
         """
-        self._check(batch, {"obs": (self.T_obs, self.obs_dim), "action": (self.T_action, self.action_dim)})
-        normal = self.normalizer.normalize({"obs": batch["obs"], "action": batch["action"]})
+        given = self._check(batch, {"obs": (self.T_obs, self.obs_dim), "action": (self.T_action, self.action_dim)})
+        normal = self.normalizer.normalize(given)
         clean = normal["action"]
         noise = torch.randn_like(clean)
         steps = torch.randint(0, self.noise_scheduler.config.num_train_timesteps, (len(clean),), device=clean.device)
@@ -153,7 +155,7 @@ class DiffusionPolicy(nn.Module):
         """Denoises actions for the last observations.
 
         Args:
-            obs_dict: `obs` (B, T_obs, obs_dim), not normalised, on any device.
+            obs_dict: `obs` (B, T_obs, obs_dim), not normalised, a tensor on any device or an array.
             generator: of the noise, on the network's device; torch's global one by default.
 
         Returns:
@@ -162,9 +164,14 @@ class DiffusionPolicy(nn.Module):
         Raises:
             InvalidInput: `obs` is missing or of another shape, or the normaliser is not fitted.
         """
-        self._check(obs_dict, {"obs": (self.T_obs, self.obs_dim)})
+        given = self._check(obs_dict, {"obs": (self.T_obs, self.obs_dim)})["obs"]
+        if given.device.type == "cpu" and not bool(given.isfinite().all()):
+            row = int((~given.isfinite()).flatten(1).any(dim=1).nonzero()[0])
+            raise InvalidInput(
+                f"obs: row {row} of the batch has values that are not finite; a policy cannot act on them"
+            )
         parameter = next(self.model.parameters())
-        obs = self.normalizer.normalize({"obs": obs_dict["obs"].to(parameter.device)})["obs"].to(parameter.dtype)
+        obs = self.normalizer.normalize({"obs": given.to(parameter.device)})["obs"].to(parameter.dtype)
         shape = (len(obs), self.T_action, self.action_dim)
         sample = torch.randn(shape, generator=generator, device=obs.device, dtype=obs.dtype)
         self.noise_scheduler.set_timesteps(self.num_inference_steps)
@@ -173,12 +180,18 @@ class DiffusionPolicy(nn.Module):
             sample = self.noise_scheduler.step(predicted, step, sample, generator=generator).prev_sample
         return {"action": self.normalizer.unnormalize({"action": sample.float()})["action"]}
 
-    def _check(self, given: Mapping[str, Any], expected: Mapping[str, tuple[int, int]]) -> None:
+    def _check(self, given: Mapping[str, Any], expected: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+        """What is expected of it, as tensors."""
         if not self.normalizer.is_fitted:
             raise InvalidInput("the policy has no normaliser yet; call set_normalizer with one that is fitted")
+        found = {}
         for key, sizes in expected.items():
-            tensor = given.get(key)
-            if not isinstance(tensor, Tensor):
+            if key not in given:
                 raise InvalidInput(f"{key} is missing; found {', '.join(map(str, given)) or 'nothing'}")
+            value = given[key]
+            if not isinstance(value, Tensor | numpy.ndarray):
+                raise InvalidInput(f"{key}: expected a tensor or an array, found a {type(value).__name__}")
+            tensor = found[key] = torch.as_tensor(value)
             if tensor.dim() != 3 or tuple(tensor.shape[1:]) != sizes:
                 raise InvalidInput(f"{key}: expected (B, {sizes[0]}, {sizes[1]}), found {tuple(tensor.shape)}")
+        return found

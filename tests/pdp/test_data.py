@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numcodecs
 import numpy
 import pytest
 import torch
@@ -255,6 +256,27 @@ def test_a_chunk_or_shard_that_a_zip_or_folder_lacks_is_named(tmp_path: Path) ->
     assert len(SequenceDataset(path, 2, 2)) == 10
     (path / "action" / "c" / "1" / "0").unlink()
     with pytest.raises(DatasetError, match="action is cut short"):
+        SequenceDataset(path, 2, 2)
+
+
+@pytest.mark.parametrize("cut", [1, 5, 16, 100])
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_a_compressed_chunk_that_is_cut_is_not_read_as_something_else(
+    cut: int, zarr_format: int, tmp_path: Path
+) -> None:
+    from zarr.codecs import BloscCodec
+
+    path = tmp_path / "d.zarr"
+    root = zarr.open_group(str(path), mode="w", zarr_format=zarr_format)  # type: ignore[arg-type]
+    codec: Any = BloscCodec() if zarr_format == 3 else numcodecs.Blosc()
+    for name, values in synthetic().items():
+        root.create_array(name, data=numpy.asarray(values, dtype=float), compressors=[codec])
+    root["episode_ends"].attrs["note"] = "whole numbers, as floats"
+    with pytest.raises(DatasetError, match="episode_ends holds float64"):
+        SequenceDataset(path, 2, 2)
+    chunk = max((one for one in (path / "action").rglob("*") if one.is_file()), key=lambda one: one.stat().st_size)
+    chunk.write_bytes(chunk.read_bytes()[:-cut])
+    with pytest.raises(DatasetError, match="action is cut short: the chunk"):
         SequenceDataset(path, 2, 2)
 
 

@@ -103,6 +103,31 @@ def test_data_that_cannot_be_fitted_are_named_and_change_nothing(data: Any, opti
     assert all(torch.equal(made.state_dict()[name], one) for name, one in before.items())
 
 
+@pytest.mark.parametrize(
+    ("values", "options", "named"),
+    [
+        (
+            [[-3e38], [3e38]],
+            {"output_max": 1e-3, "output_min": 0.0},
+            "dimension 0, from -3e.38 to 3e.38, has no scale in float32",
+        ),
+        ([[1.0, 5.0], [2.0, 5.0]], {"range_eps": 0.0}, "dimension 1, from 5 to 5, has no scale"),
+        ([[1.0], [2.0]], {"output_max": math.inf}, "dimension 0"),
+        (numpy.array([[1e9], [1e9 + 1]]), {}, "which float32 cannot tell apart; take its mean off first"),
+    ],
+)
+def test_a_dimension_that_float32_cannot_scale_is_named(values: Any, options: Any, named: str) -> None:
+    with pytest.raises(InvalidInput, match=named):
+        LinearNormalizer().fit({"a": values}, **options)
+
+
+def test_arrays_are_normalised_like_tensors() -> None:
+    made = fitted()
+    assert torch.equal(made.normalize({"obs": DATA["obs"].numpy()})["obs"], made.normalize({"obs": DATA["obs"]})["obs"])
+    with pytest.raises(InvalidInput, match="data is a Tensor; expected a mapping"):
+        made.fit(DATA["obs"])  # type: ignore[arg-type]
+
+
 def test_keys_and_sizes_that_were_not_fitted_are_named() -> None:
     with pytest.raises(InvalidInput, match="was not fitted on image; it knows action, obs"):
         fitted().normalize({"image": torch.zeros(1, 3)})

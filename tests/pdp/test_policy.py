@@ -112,6 +112,30 @@ def test_fewer_denoising_steps_may_be_taken() -> None:
         DiffusionPolicy(model, made.noise_scheduler, num_inference_steps=11)
 
 
+def test_arrays_are_taken_as_they_come_from_a_simulator() -> None:
+    made, obs = policy(), torch.randn(2, 4, 11)
+    found, expected = (
+        made.predict_action({"obs": one}, generator=torch.Generator().manual_seed(1))["action"]
+        for one in (obs.double().numpy(), obs)
+    )
+    assert torch.allclose(found, expected, atol=1e-6)
+    with pytest.raises(InvalidInput, match="obs: expected a tensor or an array, found a list"):
+        made.predict_action({"obs": [1.0]})
+
+
+def test_a_policy_does_not_act_on_what_is_not_finite() -> None:
+    obs = torch.randn(3, 4, 11)
+    obs[1, 2, 3] = float("nan")
+    with pytest.raises(InvalidInput, match="obs: row 1 of the batch has values that are not finite"):
+        policy().predict_action({"obs": obs})
+
+
+@pytest.mark.parametrize("steps", [0, 1.5, True, "3", [2]])
+def test_numbers_of_denoising_steps_that_cannot_be_are_named(steps: Any) -> None:
+    with pytest.raises(InvalidInput, match="num_inference_steps is"):
+        DiffusionPolicy(network(), DDPMScheduler(**NOISE, prediction_type="sample"), num_inference_steps=steps)
+
+
 def test_a_window_is_as_long_as_observations_and_actions_that_share_one_step() -> None:
     made = policy()
     assert (made.T_range, made.T_obs, made.T_action, made.obs_dim, made.action_dim) == (5, 4, 2, 11, 3)
