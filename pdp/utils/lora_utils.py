@@ -190,7 +190,9 @@ def merge_lora_weights(
 
     Args:
         model: a LoraTransformerForDiffusion; it is not changed. `lora_model` is another name for it.
-        alpha: 1 gives the LoRA model's function, 0 the base's; between and beyond, weights are linear in it.
+        alpha: 1 gives the LoRA model's function, 0 that of the network without its LoRA (of PiSSA and OLoRA: of what
+        PEFT
+            left in the network when it began); between and beyond, weights are linear in it.
 
     Returns:
         A plain network of the base's class, whose parameters train.
