@@ -44,13 +44,11 @@ def call(kind: type, arguments: Mapping[str, Any], what: str, error: type[Invali
         error: an argument that it does not have (with the near one), or one that is missing.
         InvalidInput: what the class itself refuses.
     """
-    takes = {
-        name: one
-        for name, one in inspect.signature(kind).parameters.items()
-        if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
-    }
+    parameters = inspect.signature(kind).parameters
+    takes = {name: one for name, one in parameters.items() if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
+    takes_any = any(one.kind == one.VAR_KEYWORD for one in parameters.values())
     for name in arguments:
-        if name not in takes:
+        if name not in takes and not takes_any:
             near = get_close_matches(str(name), takes, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(takes)}"
             raise error(f"{what}: {kind.__name__} has no argument {shown(str(name))}; {hint}")

@@ -343,6 +343,23 @@ def test_a_class_is_looked_up_and_never_imported(tmp_path: Path) -> None:
     assert type(made.base_model) is OtherTransformer
 
 
+class TiedTransformer(QKVTransformerForDiffusion):
+    """With a constructor that hands on whatever it is given, and two layers that are one."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        first, second = (block.mlp.fc1 for block in self.encoder.blocks)  # type: ignore[union-attr]
+        second.weight = first.weight
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_users_class_with_tied_weights_is_saved_and_made_again(suffix: str, tmp_path: Path) -> None:
+    model = lora(TiedTransformer(**SIZES))
+    model.save_full_checkpoint(tmp_path / f"f{suffix}")
+    made = LoraTransformerForDiffusion.from_checkpoint(tmp_path / f"f{suffix}", classes=[TiedTransformer])
+    assert torch.equal(output(made), output(model))
+
+
 def test_arguments_that_nothing_says_are_read_off_shapes_and_a_warning_names_the_rest() -> None:
     with pytest.warns(
         CheckpointWarning, match=r"taken as the default, as no shape shows it: n_head=4, causal_cross_attn"
