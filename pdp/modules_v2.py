@@ -129,10 +129,10 @@ class QKVTransformerForDiffusion(nn.Module):
             InvalidInput: an input of another shape.
         """
         self._check_inputs(sample, cond)
-        steps = torch.as_tensor(timestep, device=sample.device).reshape(-1)
-        if steps.shape[0] not in (1, sample.shape[0]):
+        steps = torch.as_tensor(timestep, device=sample.device)
+        if tuple(steps.shape) not in ((), (1,), (sample.shape[0],)):
             raise InvalidInput(
-                f"timestep: expected one, or one for each of {sample.shape[0]} samples, found {steps.shape[0]}"
+                f"timestep: expected a number, a 0-d tensor or (B,) = ({sample.shape[0]},), found {tuple(steps.shape)}"
             )
         steps = steps.expand(sample.shape[0])
         step_token = sinusoidal_embedding(steps, self.emb_dim).to(sample.dtype)[:, None]

@@ -48,6 +48,10 @@ class LinearNormalizer(nn.Module):
     ) -> None:
         """Fits scale and offset of each key; what was fitted before is replaced.
 
+        Ranges, means and deviations are taken in float64; scale, offset and all that is normalised are float32. It
+        holds about 7 digits, so that a dimension from 1e9 to 1e9 + 1 is one value in it: where rounding could move a
+        normalised value by more than MAX_BLUR, the dimension is refused. One that does not vary may lie anywhere.
+
         Args:
             data: by key (..., dim), tensors or arrays.
             mode: `limits` maps each dimension's range onto [output_min, output_max], `gaussian` to mean 0 and
@@ -58,8 +62,8 @@ class LinearNormalizer(nn.Module):
                 all.
 
         Raises:
-            InvalidInput: an unknown mode, a key that cannot be part of a name in a state dict, or data that are empty
-                or not finite; nothing is changed.
+            InvalidInput: an unknown mode, a key that cannot be part of a name in a state dict, data that are empty or
+                not finite, or a dimension that float32 has no scale for or cannot resolve; nothing is changed.
         """
         if mode not in MODES:
             raise InvalidInput(f"mode is {shown(repr(mode))}; expected one of {', '.join(MODES)}")
@@ -82,43 +86,44 @@ class LinearNormalizer(nn.Module):
         fitted = {str(key): _fit(str(key), values, *options) for key, values in data.items()}
         self.params_dict = nn.ParameterDict({key: _parameters(entry) for key, entry in fitted.items()})
 
-    def normalize(self, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Each tensor or array (..., dim) in units of the network, in float32.
+    def normalize(self, data: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Each tensor or array (..., dim) in units of the network, in float32. Arrays go to the normaliser's device.
 
         Raises:
-            InvalidInput: a key that was not fitted, or another dim.
+            InvalidInput: a key that was not fitted, another dim, or what is no array of numbers.
         """
         found = {}
-        for key, x in data.items():
-            x = torch.as_tensor(x)
-            scale, offset = self._of(key, x)
-            found[key] = x.to(scale.dtype) * scale + offset
+        for key, values in data.items():
+            x, scale, offset = self._of(key, values)
+            found[key] = x * scale + offset
         return found
 
-    def unnormalize(self, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Each tensor (..., dim) in units of the data, in float32; errors as for `normalize`."""
+    def unnormalize(self, data: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Each tensor or array (..., dim) in units of the data, in float32; errors as for `normalize`."""
         found = {}
-        for key, x in data.items():
-            x = torch.as_tensor(x)
-            scale, offset = self._of(key, x)
-            found[key] = (x.to(scale.dtype) - offset) / scale
+        for key, values in data.items():
+            x, scale, offset = self._of(key, values)
+            found[key] = (x - offset) / scale
         return found
 
-    def forward(self, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, data: Mapping[str, Any]) -> dict[str, Tensor]:
         return self.normalize(data)
 
-    def _of(self, key: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _of(self, key: str, values: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The values in float32, their scale and their offset."""
         if key not in self.params_dict:
             known = ", ".join(self.params_dict.keys()) or "nothing"
             raise InvalidInput(f"the normaliser was not fitted on {shown(str(key))}; it knows {known}")
         entry: Any = self.params_dict[key]
-        form = entry["scale"].shape
+        scale: Tensor = entry["scale"]
+        form = scale.shape
+        x = values if isinstance(values, Tensor) else _as_tensor(key, values).to(scale.device)
         if x.dim() < len(form) or x.shape[x.dim() - len(form) :] != form:
             expected = ", ".join(map(str, ("...", *form)))
             raise InvalidInput(
                 f"{shown(key)}: expected ({expected}) as the normaliser was fitted, found {tuple(x.shape)}"
             )
-        return entry["scale"], entry["offset"]
+        return x.to(scale.dtype), scale, entry["offset"]
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         """Makes the entries that the state dict has: how many keys there are is known from it alone."""
@@ -186,6 +191,13 @@ def _parameters(entry: Mapping[str, Any]) -> nn.ParameterDict:
     )
 
 
+def _as_tensor(key: str, values: Any) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInput(f"{shown(key)}: expected numbers ({shown(str(error), 200)})") from error
+
+
 def _fit(
     key: str,
     values: Any,
@@ -196,10 +208,7 @@ def _fit(
     fit_offset: bool,
     last_n_dims: int,
 ) -> dict[str, Any]:
-    try:
-        x = torch.as_tensor(values).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidInput(f"{shown(key)}: expected numbers ({shown(str(error), 200)})") from error
+    x = _as_tensor(key, values).detach()
     if x.dim() < last_n_dims + 1 or not x.numel():
         expected = ", ".join(("...", *["dim"] * last_n_dims)) if last_n_dims else "..., at least one value"
         raise InvalidInput(f"{shown(key)}: expected data of the form ({expected}), found {tuple(x.shape)}")
@@ -233,22 +242,24 @@ def _fit(
         scale = 1 / torch.where(std < range_eps, torch.ones_like(std), std)
         offset = -mean * scale if fit_offset else torch.zeros_like(scale)
     scale, offset = scale.float(), offset.float()
+    size = torch.maximum(low.abs(), high.abs())
     unusable = ~(scale.isfinite() & offset.isfinite() & (scale.abs() >= torch.finfo(torch.float32).tiny))
+    unusable |= ~size.float().isfinite()
     if bool(unusable.any()):
         place = int(unusable.nonzero()[0])
         raise InvalidInput(
             f"{shown(key)}: dimension {place}, from {float(low[place]):g} to {float(high[place]):g}, has no scale in "
-            "float32 "
-            f"({float(scale[place]):g}); scale the data, or give another range_eps"
+            f"float32 ({float(scale[place]):g}); scale the data, or give another range_eps, output_min or output_max"
         )
-    # Where float32 cannot tell the data's own values apart, nothing normalised comes back as it was.
-    blurred = (scale * torch.finfo(torch.float32).eps * torch.maximum(low.abs(), high.abs()).float()) > MAX_BLUR
+    # Where float32 cannot tell the data's own values apart, nothing normalised comes back as it was. What does not vary
+    # is one value in float32 too, as long as its ends are not rounded apart.
+    blurred = (scale * torch.finfo(torch.float32).eps * size) > MAX_BLUR
+    blurred &= ~((high - low < range_eps) & (low.float() == high.float()))
     if bool(blurred.any()):
         place = int(blurred.nonzero()[0])
         raise InvalidInput(
             f"{shown(key)}: dimension {place} runs from {float(low[place]):.9g} to {float(high[place]):.9g}, which "
-            "float32 cannot "
-            "tell apart; take its mean off first"
+            "float32 cannot tell apart; take its mean off first"
         )
     fitted = {"scale": scale.reshape(form), "offset": offset.reshape(form)}
     return {**fitted, "input_stats": {name: one.float().reshape(form) for name, one in stats.items()}}

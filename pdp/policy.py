@@ -126,11 +126,12 @@ class DiffusionPolicy(nn.Module):
                     "fit it on the data of this network"
                 )
 
-    def compute_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def compute_loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Mean squared error of one random denoising step for each sample.
 
         Args:
-            batch: `obs` (B, T_obs, obs_dim) and `action` (B, T_action, action_dim), not normalised.
+            batch: `obs` (B, T_obs, obs_dim) and `action` (B, T_action, action_dim), not normalised, tensors on
+                any device or arrays.
 
         Returns:
             A 0-d tensor. Noise and steps come from torch's global generator of the device.
@@ -139,7 +140,8 @@ class DiffusionPolicy(nn.Module):
             InvalidInput: a key is missing or of another shape, or the normaliser is not fitted.
         """
         given = self._check(batch, {"obs": (self.T_obs, self.obs_dim), "action": (self.T_action, self.action_dim)})
-        normal = self.normalizer.normalize(given)
+        device = next(self.model.parameters()).device
+        normal = self.normalizer.normalize({key: one.to(device) for key, one in given.items()})
         clean = normal["action"]
         noise = torch.randn_like(clean)
         steps = torch.randint(0, self.noise_scheduler.config.num_train_timesteps, (len(clean),), device=clean.device)
@@ -150,7 +152,7 @@ class DiffusionPolicy(nn.Module):
 
     @torch.no_grad()
     def predict_action(
-        self, obs_dict: Mapping[str, Tensor], *, generator: torch.Generator | None = None
+        self, obs_dict: Mapping[str, Any], *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
         """Denoises actions for the last observations.
 
@@ -162,13 +164,15 @@ class DiffusionPolicy(nn.Module):
             `action` (B, T_action, action_dim) in the data's own units, on the network's device.
 
         Raises:
-            InvalidInput: `obs` is missing or of another shape, or the normaliser is not fitted.
+            InvalidInput: `obs` is missing, of another shape, or not finite (looked at on the CPU alone), or the
+                normaliser is not fitted.
         """
         given = self._check(obs_dict, {"obs": (self.T_obs, self.obs_dim)})["obs"]
-        if given.device.type == "cpu" and not bool(given.isfinite().all()):
-            row = int((~given.isfinite()).flatten(1).any(dim=1).nonzero()[0])
+        # On a GPU, to look would be to wait.
+        if given.device.type == "cpu" and bool((bad := ~given.float().isfinite().flatten(1).all(dim=1)).any()):
             raise InvalidInput(
-                f"obs: row {row} of the batch has values that are not finite; a policy cannot act on them"
+                f"obs: row {int(bad.nonzero()[0])} of the batch has values that are not finite, or too large for "
+                "float32; a policy cannot act on them"
             )
         parameter = next(self.model.parameters())
         obs = self.normalizer.normalize({"obs": given.to(parameter.device)})["obs"].to(parameter.dtype)
@@ -191,7 +195,10 @@ class DiffusionPolicy(nn.Module):
             value = given[key]
             if not isinstance(value, Tensor | numpy.ndarray):
                 raise InvalidInput(f"{key}: expected a tensor or an array, found a {type(value).__name__}")
-            tensor = found[key] = torch.as_tensor(value)
+            try:
+                tensor = found[key] = torch.as_tensor(value)
+            except TypeError as error:
+                raise InvalidInput(f"{key}: expected numbers, found an array of {value.dtype}") from error
             if tensor.dim() != 3 or tuple(tensor.shape[1:]) != sizes:
                 raise InvalidInput(f"{key}: expected (B, {sizes[0]}, {sizes[1]}), found {tuple(tensor.shape)}")
         return found

@@ -17,6 +17,7 @@ import torch
 import zarr
 
 from pdp.data import DatasetError, SequenceDataset, write_dataset
+from pdp.data_files import FINGERPRINT
 from registry.core.errors import InvalidInput, NoSpace, SourceNotFound
 from tests.pdp.datasets import synthetic, write_synthetic
 
@@ -84,7 +85,48 @@ def test_the_same_data_are_written_as_the_same_bytes(tmp_path: Path) -> None:
     for suffix in SUFFIXES:
         one, two = (write_synthetic(tmp_path / f"{name}{suffix}") for name in ("one", "two"))
         files = [path.relative_to(one) for path in one.rglob("*") if path.is_file()] if one.is_dir() else [Path()]
+        assert files
         assert all((one / file).read_bytes() == (two / file).read_bytes() for file in files)
+
+
+def changed_in_place(path: Path) -> None:
+    """Data that can be read and trained on, and are not those that were written."""
+    if path.suffix == ".h5":
+        with h5py.File(path, "a") as file:
+            file["data/action"][3, 0] += 1
+    else:
+        array: Any = zarr.open_group(str(path), mode="a")["data/action"]
+        array[3, 0] = 7.0
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_data_that_are_no_longer_those_that_were_written_are_refused(suffix: str, tmp_path: Path) -> None:
+    path = write_synthetic(tmp_path / f"d{suffix}")
+    fingerprint = SequenceDataset(path, 2, 2).fingerprint
+    changed_in_place(path)
+    with pytest.raises(
+        DatasetError, match=rf"d\{suffix} is damaged: it was written with the fingerprint {fingerprint}"
+    ):
+        SequenceDataset(path, 2, 2)
+    if suffix == ".zarr":
+        with pytest.raises(DatasetError, match=r"is damaged: .* fingerprint"):
+            SequenceDataset(zipped(path), 2, 2)
+        del zarr.open_group(str(path), mode="a").attrs[FINGERPRINT]
+    else:
+        with h5py.File(path, "a") as file:
+            del file.attrs[FINGERPRINT]
+    assert SequenceDataset(path, 2, 2).fingerprint != fingerprint  # a file that says nothing is read as it is
+
+
+def test_the_fingerprint_in_a_file_is_only_of_the_arrays_that_were_written(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "d.h5", **COUNTING)
+    with h5py.File(path, "a") as file:
+        file["data/state"] = COUNTING["action"]
+        file.attrs[FINGERPRINT] = numpy.bytes_(file.attrs[FINGERPRINT])  # as other tools write texts
+    assert SequenceDataset(path, 2, 2).recipe == {}
+    assert SequenceDataset(path, 2, 2, keys={"obs": "state"}).tensors()["obs"][0] == 100
+    with pytest.raises(InvalidInput, match=f"the recipe of .* has {FINGERPRINT}"):
+        write_dataset(tmp_path / "e.h5", **COUNTING, recipe={FINGERPRINT: "0"})
 
 
 def test_training_and_validation_share_no_episode_and_miss_none(tmp_path: Path) -> None:
@@ -147,7 +189,7 @@ def test_a_write_that_fails_leaves_what_was_there(suffix: str, tmp_path: Path, m
             raise OSError(28, "No space left on device")
         replace(source, target)
 
-    monkeypatch.setattr("pdp.data.os.replace", fail)
+    monkeypatch.setattr("pdp.data_files.os.replace", fail)
     with pytest.raises(NoSpace):
         write_dataset(path, **COUNTING, force=True)
     assert SequenceDataset(path, 2, 2).fingerprint == before
@@ -256,6 +298,37 @@ def test_a_chunk_or_shard_that_a_zip_or_folder_lacks_is_named(tmp_path: Path) ->
     assert len(SequenceDataset(path, 2, 2)) == 10
     (path / "action" / "c" / "1" / "0").unlink()
     with pytest.raises(DatasetError, match="action is cut short"):
+        SequenceDataset(path, 2, 2)
+
+
+def test_shards_are_no_chunks_of_blosc_but_are_refused_when_cut(tmp_path: Path) -> None:
+    from zarr.codecs import BloscCodec
+
+    path = tmp_path / "d.zarr"
+    root = zarr.open_group(str(path), mode="w")
+    for name, values in COUNTING.items():
+        array = numpy.asarray(values)
+        rest = array.shape[1:]
+        made = root.create_array(
+            name, shape=array.shape, dtype=array.dtype, chunks=(1, *rest), shards=(2, *rest), compressors=[BloscCodec()]
+        )
+        made[...] = array
+    (path / "action" / "notes.txt").write_text("no chunk")
+    assert len(SequenceDataset(path, 2, 2)) == 10
+    shard = path / "action" / "c" / "1" / "0"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(DatasetError):
+        SequenceDataset(path, 2, 2)
+
+
+@pytest.mark.parametrize("left", [0, 10, 16, -16])
+def test_a_chunk_that_write_dataset_wrote_and_that_is_cut_is_refused(left: int, tmp_path: Path) -> None:
+    path = write_synthetic(tmp_path / "d.zarr")
+    (path / "data" / "action" / "notes.txt").write_text("no chunk")
+    assert SequenceDataset(path, 2, 2)
+    chunk = path / "data" / "action" / "0.0"
+    chunk.write_bytes(chunk.read_bytes()[:left])
+    with pytest.raises(DatasetError, match=r"action is cut short: the chunk 0\.0 has"):
         SequenceDataset(path, 2, 2)
 
 

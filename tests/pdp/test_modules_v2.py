@@ -119,7 +119,10 @@ def test_inputs_of_another_shape_are_named_with_both_shapes() -> None:
         model(FORWARD["sample"], 0, torch.zeros(4, 4, 12))
     with pytest.raises(InvalidInput, match="sample: expected"):
         model(torch.zeros(4, 3), 0, FORWARD["cond"])
-    with pytest.raises(InvalidInput, match="timestep: expected one, or one for each of 4 samples, found 3"):
-        model(FORWARD["sample"], torch.tensor([1, 2, 3]), FORWARD["cond"])
+    for steps, shape in ((torch.tensor([1, 2, 3]), r"\(3,\)"), (torch.zeros(4, 1), r"\(4, 1\)")):
+        with pytest.raises(
+            InvalidInput, match=rf"timestep: expected a number, a 0-d tensor or \(B,\) = \(4,\), found {shape}"
+        ):
+            model(FORWARD["sample"], steps, FORWARD["cond"])
     with pytest.raises(InvalidInput, match="batch of 3"):
         model(FORWARD["sample"][:3], 0, FORWARD["cond"])

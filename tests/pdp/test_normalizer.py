@@ -93,6 +93,50 @@ def test_a_key_that_a_state_dict_cannot_name_is_refused(key: str) -> None:
 def test_what_is_no_number_is_named() -> None:
     with pytest.raises(InvalidInput, match="obs: expected numbers"):
         fitted(numpy.array([["a"]]))
+    for way in (fitted().normalize, fitted().unnormalize):
+        with pytest.raises(InvalidInput, match="obs: expected numbers"):
+            way({"obs": numpy.array([["a", "b"]])})
+
+
+def test_arrays_are_normalised_and_brought_back_as_tensors_are() -> None:
+    made = fitted()
+    for way in (made.normalize, made.unnormalize):
+        expected = way({"obs": OBS})["obs"]
+        found = way({"obs": OBS.double().numpy()})["obs"]
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected)
+    with pytest.raises(InvalidInput, match="data is a Tensor; expected a mapping"):
+        made.fit(OBS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "named"),
+    [
+        ([[-3e38], [3e38]], {}, r"obs: dimension 0, from -3e\+38 to 3e\+38, has no scale in float32"),
+        ([[1e39], [1e39]], {"mode": "gaussian", "fit_offset": False}, "obs: dimension 0, from .* has no scale"),
+        ([[1.0, 5.0], [2.0, 5.0]], {"range_eps": 0.0}, "obs: dimension 1, from 5 to 5, has no scale"),
+        ([[1.0], [2.0]], {"output_max": numpy.inf}, "obs: dimension 0, .* output_min or output_max"),
+        ([[0.0, 1e9], [1.0, 1e9 + 1]], {}, "obs: dimension 1 runs from 1e[+]09 to 1[.e+0-9]*, which float32 cannot"),
+        ([[1e9 + 32 - 1e-5], [1e9 + 32 + 1e-5]], {}, "obs: dimension 0 runs .* which float32 cannot tell apart"),
+    ],
+)
+def test_a_dimension_that_float32_cannot_scale_is_named(values: Any, options: Any, named: str) -> None:
+    with pytest.raises(InvalidInput, match=named):
+        fitted(numpy.array(values), **options)
+
+
+def test_the_range_is_taken_in_float64() -> None:
+    made = fitted(numpy.array([[1e5 + 0.001], [1e5 + 1.001]]))
+    assert made.params_dict["obs"]["scale"].item() == pytest.approx(2, abs=1e-6)  # in float32 the ends are rounded
+
+
+@pytest.mark.parametrize("mode", ["limits", "gaussian"])
+def test_a_dimension_that_does_not_vary_may_lie_anywhere(mode: str) -> None:
+    data = numpy.array([[1e6 + 0.3, 0.0], [1e6 + 0.3, 1.0]])
+    made = fitted(data, mode=mode)
+    normal = made.normalize({"obs": data})
+    assert normal["obs"][:, 0].tolist() == [0, 0]
+    assert torch.equal(made.unnormalize(normal)["obs"], torch.tensor(data, dtype=torch.float32))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -119,15 +120,36 @@ def test_arrays_are_taken_as_they_come_from_a_simulator() -> None:
         for one in (obs.double().numpy(), obs)
     )
     assert torch.allclose(found, expected, atol=1e-6)
-    with pytest.raises(InvalidInput, match="obs: expected a tensor or an array, found a list"):
-        made.predict_action({"obs": [1.0]})
+    losses = []
+    for one in (
+        batch := {"obs": obs, "action": torch.randn(2, 2, 3)},
+        {k: v.double().numpy() for k, v in batch.items()},
+    ):
+        torch.manual_seed(0)
+        losses.append(made.compute_loss(one).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_a_policy_does_not_act_on_what_is_not_finite() -> None:
-    obs = torch.randn(3, 4, 11)
-    obs[1, 2, 3] = float("nan")
-    with pytest.raises(InvalidInput, match="obs: row 1 of the batch has values that are not finite"):
-        policy().predict_action({"obs": obs})
+@pytest.mark.parametrize(
+    ("obs", "named"),
+    [
+        ([1.0], "obs: expected a tensor or an array, found a list"),
+        (numpy.full((1, 4, 11), "a"), "obs: expected numbers, found an array of <U1"),
+    ],
+)
+def test_observations_that_are_no_numbers_are_named(obs: Any, named: str) -> None:
+    for way in (policy().predict_action, policy().compute_loss):
+        with pytest.raises(InvalidInput, match=named):
+            way({"obs": obs, "action": torch.zeros(1, 2, 3)})
+
+
+@pytest.mark.parametrize("value", [numpy.nan, -numpy.inf, 1e300])
+def test_a_policy_does_not_act_on_what_is_not_finite(value: float) -> None:
+    obs = numpy.zeros((3, 4, 11))
+    obs[1:, 2, 3] = value
+    for one in (obs, torch.tensor(obs)):
+        with pytest.raises(InvalidInput, match="obs: row 1 of the batch has values that are not finite"):
+            policy().predict_action({"obs": one})
 
 
 @pytest.mark.parametrize("steps", [0, 1.5, True, "3", [2]])

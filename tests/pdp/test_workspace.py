@@ -195,7 +195,11 @@ def test_workers_of_the_loader_change_nothing(tmp_path: Path) -> None:
 def test_resume_in_the_configuration_goes_on_from_latest(tmp_path: Path) -> None:
     whole = workspace(tmp_path, "whole")
     whole.run()
-    workspace(tmp_path, "parts").run(until_step=11)
+    first = workspace(tmp_path, "parts")
+    first.run(until_step=11)
+    named = workspace(tmp_path, "named", training__resume=first.get_checkpoint_path())
+    named.run()
+    assert same_tensors(whole.model, named.model)
     second = workspace(tmp_path, "parts", training__resume=True)
     second.run()
     assert not differing(everything(whole), everything(second))
