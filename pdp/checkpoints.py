@@ -197,7 +197,7 @@ class RegistryCheckpoint(Checkpoint):
         return self._states[role]
 
     @cached_property
-    def training(self) -> Mapping[str, Any]:  # type: ignore[override]
+    def training(self) -> Mapping[str, Any]:  # type: ignore[override]  # read when it is asked for
         return self.state("training") if "training" in self.roles else {}
 
     @property

@@ -115,23 +115,27 @@ class LoraTransformerForDiffusion(nn.Module):
 
     @property
     def obs_dim(self) -> int:
-        return int(self.base_model.obs_dim)  # type: ignore[arg-type]
+        return self._size("obs_dim")
 
     @property
     def input_dim(self) -> int:
-        return int(self.base_model.input_dim)  # type: ignore[arg-type]
+        return self._size("input_dim")
 
     @property
     def output_dim(self) -> int:
-        return int(self.base_model.output_dim)  # type: ignore[arg-type]
+        return self._size("output_dim")
 
     @property
     def T_obs(self) -> int:
-        return int(self.base_model.T_obs)  # type: ignore[arg-type]
+        return self._size("T_obs")
 
     @property
     def T_action(self) -> int:
-        return int(self.base_model.T_action)  # type: ignore[arg-type]
+        return self._size("T_action")
+
+    def _size(self, name: str) -> int:
+        network: Any = self.base_model
+        return int(getattr(network, name))
 
     @property
     def past_action_visible(self) -> bool:

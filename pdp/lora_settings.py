@@ -155,13 +155,13 @@ def make_settings(
     """
     _check_rank(r, what, "lora_r")
     _check_alpha(alpha, what, "lora_alpha")
-    if type(dropout) not in (int, float) or not 0 <= dropout < 1:  # type: ignore[operator]
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:  # type: ignore[operator]  # a number by then
         raise ConfigError(f"{what}: lora_dropout is {shown(repr(dropout))}; expected a number from 0 to below 1")
     checked = check_options(options or {}, what)
     if isinstance(alpha, float) and alpha.is_integer():
         alpha = int(alpha)  # one LoRA has one form, however its alpha was written
     targets, words = check_targets(target_modules), check_apply_to(apply_to)
-    return LoraSettings(r, alpha, float(dropout), targets, words, checked)  # type: ignore[arg-type]
+    return LoraSettings(r, alpha, float(dropout), targets, words, checked)  # type: ignore[arg-type]  # checked above
 
 
 def _check_rank(value: object, what: str, key: str) -> None:
@@ -170,7 +170,7 @@ def _check_rank(value: object, what: str, key: str) -> None:
 
 
 def _check_alpha(value: object, what: str, key: str) -> None:
-    if type(value) not in (int, float) or not 0 < value <= MAX_ALPHA:  # type: ignore[operator]
+    if type(value) not in (int, float) or not 0 < value <= MAX_ALPHA:  # type: ignore[operator]  # a number by then
         raise ConfigError(f"{what}: {key} is {shown(repr(value))}; expected a positive number, {MAX_ALPHA:g} at most")
 
 

@@ -56,8 +56,9 @@ class DiffusionPolicy(nn.Module):
         self.noise_scheduler = noise_scheduler
         self.num_inference_steps = num_inference_steps or steps
         self.normalizer = LinearNormalizer()
-        self.obs_dim, self.action_dim = int(model.obs_dim), int(model.output_dim)  # type: ignore[arg-type]
-        self.T_obs, self.T_action = int(model.T_obs), int(model.T_action)  # type: ignore[arg-type]
+        network: Any = model
+        self.obs_dim, self.action_dim = int(network.obs_dim), int(network.output_dim)
+        self.T_obs, self.T_action = int(network.T_obs), int(network.T_action)
         self.T_range = self.T_obs + self.T_action - 1
 
     @classmethod

@@ -362,7 +362,7 @@ class Trainer:
         if not math.isfinite(value):
             raise self._diverged(f"the loss is {value}")
         workspace.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
         trained = [one for group in workspace.optimizer.param_groups for one in group["params"]]
         limit = math.inf if training.max_grad_norm is None else training.max_grad_norm
         norm = float(torch.nn.utils.clip_grad_norm_(trained, limit))

@@ -96,8 +96,9 @@ class DiffusionPolicyWorkspace:
         average = {str(key): value for key, value in self.cfg.ema.items()}
         self.ema = EMAModel(self.policy.model, **average) if self.cfg.training.use_ema else None
         optimizer = self.cfg.optimizer
+        network: Any = self.policy.model
         self.optimizer = torch.optim.AdamW(
-            self.policy.model.get_optim_groups(optimizer.weight_decay),  # type: ignore[operator]
+            network.get_optim_groups(optimizer.weight_decay),
             lr=optimizer.lr,
             betas=(optimizer.betas[0], optimizer.betas[1]),
             eps=optimizer.eps,
