@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Severity = Literal["error", "warning", "info"]
+Severity = Literal["error", "undecided", "warning", "info"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +14,8 @@ class Finding:
 
     Attributes:
         code: `C01` to `C27` are the conditions of docs/compatibility.md; later rules go on from there.
-        severity: an `error` means that the version does not fit, or will load wrongly.
+        severity: an `error` means that the version does not fit, or will load wrongly; `undecided` that something is
+            missing which would tell (only a comparison says it, no version keeps it).
         subject: the tensor, module or key that it is about; empty for the version as a whole.
         message: one sentence.
         expected: what had to be there, as text; empty where that does not apply.
