@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pdp.building import build_network
-from pdp.checkpoints import Checkpoint, read_checkpoint
+from pdp.checkpoints import Checkpoint, RegistryCheckpoint, read_checkpoint
 from pdp.errors import CheckpointError, CheckpointWarning, user_level
 from pdp.state_names import by_network_name
 from registry.core.errors import Incompatible
@@ -135,6 +135,30 @@ def _with_mask_of(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) 
         if torch.equal(seen, mine.bool().cpu()):
             found[MASK] = mine.detach().cpu()
     return found
+
+
+_COMPARED_BY_FIT = frozenset({"C05", "C06", "C08", "C09", "C10", "C12", "C13", "C23"})
+"""What `fit` and the LoRA settings compare themselves, tensor by tensor."""
+
+
+def checked_first(checkpoint: Checkpoint, model: nn.Module, *, strict: bool) -> list[Finding]:
+    """Holds an adapter of a registry against a model by the rules of `registry check`, its weights included.
+
+    Args:
+        strict: False: warn of what speaks against it.
+
+    Returns:
+        What to refuse it for.
+    """
+    if not isinstance(checkpoint, RegistryCheckpoint) or checkpoint.kind != "adapter":
+        return []
+    found = checkpoint.registry.check(checkpoint.reference, model, prove=False)
+    errors = [one for one in found.errors if one.code not in _COMPARED_BY_FIT and one.code != "C24"]
+    if strict:
+        return errors
+    for error in errors:
+        say(f"{checkpoint.what}: {error}")
+    return []
 
 
 def refused_arguments(differing: Iterable[str]) -> list[Finding]:

@@ -30,7 +30,7 @@ from pdp.files import (
     write_flat,
     write_tree,
 )
-from pdp.loading import fit, refused_arguments
+from pdp.loading import checked_first, fit, refused_arguments
 from pdp.lora_building import RegistryLike, Source, base_of, check_ranks, lora_arguments, refuse_another, settings_of
 from pdp.lora_settings import make_settings
 from pdp.modules_v2 import optim_groups
@@ -290,6 +290,8 @@ class LoraTransformerForDiffusion(nn.Module):
             raise CheckpointError(f"{checkpoint.what} holds no adapter; it has {', '.join(sorted(checkpoint.roles))}")
         differing = self.differences(checkpoint)
         refused = refused_arguments(architecture_differences(checkpoint.architecture, self.base_model))
+        if only_adapter:
+            refused += checked_first(checkpoint, self, strict=strict)
         if strict:
             # Dropout is of no effect on what is loaded.
             refused += refused_arguments(one for one in differing if not one.startswith("lora_dropout:"))

@@ -3,6 +3,7 @@ of the facade, which `Registry` inherits."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from registry.catalog.journal_rows import events_of
@@ -14,8 +15,14 @@ from registry.operations.inspect import Details, Lineage
 from registry.operations.version import Version, as_version
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from registry.compat.compatibility import Compatibility
+    from registry.compat.hotswap import SwapGroup
+    from registry.compat.serving import Needs
     from registry.core.architecture import Architecture
     from registry.operations.difference import Difference
+    from registry.operations.fitting import Fit
 
 
 class Questions:
@@ -118,6 +125,82 @@ class Questions:
         from registry.operations.diff import diff
 
         return diff(self._context, a, b, weights=weights)
+
+    def check(
+        self,
+        reference: str,
+        model: str | nn.Module | None = None,
+        *,
+        peft: str | None = None,
+        purpose: str = "load",
+        prove: bool = True,
+    ) -> Compatibility:
+        """Whether an adapter fits a base version or a model, by the rules of docs/compatibility.md.
+
+        Of versions only the catalog is read, and no torch is imported. Of a model its modules are looked at, and, where
+        the weights are recorded that the adapter was trained on, its targeted weights are compared with these.
+
+        Args:
+            model: reference of a base version or checkpoint, or a model, which may be on the meta device; by default
+                the base that the adapter was trained on.
+            peft: version of PEFT that would load it; by default the installed one.
+            purpose: `load` beside the weights, `merge` into them, or `hotswap` into a compiled slot.
+            prove: where form leaves a question open and the adapter has a behaviour probe, run that on a copy of the
+                model.
+
+        Returns:
+            The verdict with all findings; false where the adapter does not fit.
+
+        Raises:
+            InvalidReference, ArtifactNotFound, VersionNotFound, TagNotFound
+            InvalidInput: the version holds no adapter, the model is none or is merged, or no such version of PEFT.
+        """
+        from registry.operations.checking import check
+
+        return check(self._context, reference, model, peft=peft, purpose=purpose, prove=prove)
+
+    def fits(
+        self, model: str | nn.Module, *where: str, everything: bool = False, limit: int | None = None
+    ) -> list[Fit]:
+        """The adapters that fit a base version or a model, by name, newest first.
+
+        Targets are joined with the model's modules in SQL, once for each form of adapter, however many versions have
+        it; the weights that adapters were trained on are compared with the model's by digest.
+
+        Args:
+            model: reference of a base version or checkpoint, or a model, which may be on the meta device.
+            where: conditions as of `find`.
+            everything: also those that do not fit, with the reason.
+
+        Raises:
+            InvalidQuery, InvalidReference, InvalidInput, NotFound
+        """
+        from registry.operations.fitting import fits
+
+        return fits(self._context, model, where, everything=everything, limit=limit)
+
+    def needs(self, reference: str) -> Needs:
+        """What a server must allow to serve an adapter: rank, modules, dtype, PEFT; the flags of vLLM and SGLang.
+
+        Raises:
+            InvalidReference, ArtifactNotFound, VersionNotFound, TagNotFound
+            InvalidInput: the version holds no adapter.
+        """
+        from registry.operations.checking import needs
+
+        return needs(self._context, reference)
+
+    def swap_groups(self, references: Sequence[str]) -> tuple[SwapGroup, ...]:
+        """Sets of adapters that can be hot-swapped into one compiled slot, each with the `target_rank` that
+        `prepare_model_for_compiled_hotswap` needs and the member to load first.
+
+        Raises:
+            InvalidReference, ArtifactNotFound, VersionNotFound, TagNotFound
+            InvalidInput: one of the versions holds no adapter.
+        """
+        from registry.operations.checking import swap_groups
+
+        return swap_groups(self._context, references)
 
     def log(self, reference: str) -> Lineage:
         """The versions that one came from, and those that came from it.

@@ -25,31 +25,43 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from registry.compat.compatibility import Compatibility
+    from registry.compat.hotswap import SwapGroup
+    from registry.compat.serving import Needs
     from registry.formats.probing import Wanted
     from registry.formats.proof import Proof
     from registry.operations.difference import Difference
+    from registry.operations.fitting import Fit
     from registry.operations.pull import PullResult
     from registry.operations.push import PushResult
 
 __all__ = [
+    "Compatibility",
     "Details",
     "Difference",
     "Event",
     "Finding",
+    "Fit",
     "Lineage",
+    "Needs",
     "Proof",
     "PullResult",
     "PushResult",
     "Registry",
+    "SwapGroup",
     "Version",
 ]
 
 
 _HOMES = {
+    "Compatibility": "registry.compat.compatibility",
     "Difference": "registry.operations.difference",
+    "Fit": "registry.operations.fitting",
+    "Needs": "registry.compat.serving",
     "Proof": "registry.formats.proof",
     "PullResult": "registry.operations.pull",
     "PushResult": "registry.operations.push",
+    "SwapGroup": "registry.compat.hotswap",
 }
 
 
@@ -151,6 +163,7 @@ class Registry(Questions, Transfer, Upkeep):
         attachments: bool = True,
         attachment_limit: int | None = None,
         probe: Wanted = True,
+        force: bool = False,
     ) -> PushResult:
         """Pushes an artifact as a new version; the very same thing again is a no-op that says so.
 
@@ -179,6 +192,7 @@ class Registry(Questions, Transfer, Upkeep):
             probe: inputs of the behaviour probe that is kept of a live model: a tensor, a tuple of positional arguments
                 (one dict as the argument is `({"obs": obs},)`), or a dict of keyword arguments. True makes some where
                 it is clear what the model takes, and a note says where it is not; False keeps no probe.
+            force: store an adapter that does not fit its base, with the findings that say so.
 
         Returns:
             What was stored, with the findings about the artifact.
@@ -186,6 +200,7 @@ class Registry(Questions, Transfer, Upkeep):
         Raises:
             InvalidReference, InvalidInput, MalformedTensors, UnsupportedTensor: nothing is stored.
             ForwardFailed: the model does not take the inputs in `probe`; nothing is stored.
+            Incompatible: the adapter does not fit its base; nothing is stored.
             NotFound: the source, the base or a parent is not there.
             TagProtected: nothing is stored.
             ReadOnly, NoSpace: nothing is visible.
@@ -206,6 +221,7 @@ class Registry(Questions, Transfer, Upkeep):
             message=message,
             parents=edges,
             external=external,
+            force=force,
         )
         how = Opening(adapter_name, attachments, attachment_limit, probe)
         return push.push(self._context, source, request, how)

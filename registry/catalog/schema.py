@@ -10,7 +10,7 @@ from sqlalchemy import Connection, func, select, text
 
 from registry.core.errors import RegistryNotFound, SchemaOutOfDate
 
-HEAD = "20261123_skeletons"
+HEAD = "20261129_model_forms"
 """The newest revision in `migrations/versions`; a test holds it against alembic's own answer."""
 
 _UPGRADE_LOCK = 0x6C6F7262

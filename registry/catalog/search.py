@@ -50,10 +50,13 @@ class Search:
     limit: int | None = None
 
 
-def find_ids(connection: Connection, search: Search) -> list[int]:
+def find_ids(connection: Connection, search: Search, *more: Clause) -> list[int]:
     """Row ids of the present versions that satisfy all of the search, sorted.
 
     The default order is by name, newest version first.
+
+    Args:
+        more: conditions that no user writes.
 
     Raises:
         InvalidQuery: a value of the wrong type for its field.
@@ -61,20 +64,20 @@ def find_ids(connection: Connection, search: Search) -> list[int]:
     """
     if search.sort is not None:
         check_texts(search.sort.key)
-    statement = _statement(connection, search)
+    statement = _statement(connection, search, more)
     if search.sort is not None and search.sort.field == "metric":
         return _by_metric(connection, statement, search.sort, search.limit)
     return _ids(connection, _sorted(statement, search.sort), search.limit)
 
 
-def _statement(connection: Connection, search: Search) -> Select[int]:
+def _statement(connection: Connection, search: Search, more: Sequence[Clause]) -> Select[int]:
     """Present versions with their names that satisfy the search, in the form that is likely to be quick.
 
     Either hits are found by an index and then sorted, which takes as long as there are many; or versions are walked in
     order and asked one by one until there are enough, which takes as long as hits are rare. The two meet where hits are
     the root of the limit times all versions.
     """
-    clauses = _clauses(connection, search)
+    clauses = [*_clauses(connection, search), *more]
     asked = [clause.asked for clause in clauses]
     total: int = connection.execute(select(func.max(version.c.id))).scalar() or 1
     enough = math.isqrt(total * min(total, search.limit or 100))

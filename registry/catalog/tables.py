@@ -28,6 +28,7 @@ from sqlalchemy import (
 )
 
 from registry.catalog.types import BigId, BinaryText, Digest, Moment
+from registry.core.model_form import KINDS as MODULE_KINDS
 from registry.core.placement import ROLES as PLACEMENT_ROLES
 
 metadata = MetaData(
@@ -134,8 +135,10 @@ architecture = Table(
     metadata,
     _id(),
     _digest(unique=True),
-    Column("source_fingerprint", Digest),
-    Column("arguments", Text, comment="constructor arguments, JSON"),
+    _digest("source_fingerprint", nullable=True),
+    Column("class_name", BinaryText, comment="only ever text; NULL: unknown"),
+    Column("exact", Boolean, nullable=False, comment="read from the model; else from the names of saved tensors"),
+    Column("document", Text, nullable=False, comment="the whole form, canonical JSON; the digest is its own"),
 )
 
 module = Table(
@@ -148,6 +151,11 @@ module = Table(
     Column("out_features", BigInteger),
     Column("bias", Boolean),
     Column("tied_to", BinaryText),
+    Column("groups", BigInteger, nullable=False, comment="of a convolution"),
+    Column("rows", BigInteger, comment="first dimension of its weight; NULL: it has none"),
+    Column("columns", BigInteger, comment="second dimension of its weight"),
+    _one_of("kind", *MODULE_KINDS),
+    CheckConstraint("groups >= 1", "groups"),
     **_WITHOUT_ROWID,
 )
 
@@ -247,7 +255,7 @@ version = Table(
     _one_of("state", "present", "removed", "purged"),
     Index(None, "base_id", "id"),
     Index(None, "lora_config_id", "id"),
-    Index(None, "layout_id", "id"),
+    Index(None, "layout_id", "base_id", "id"),
     Index(None, "content_digest"),
     Index(None, "manifest_digest"),
     Index(None, "kind", "id"),

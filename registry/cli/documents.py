@@ -17,7 +17,17 @@ if TYPE_CHECKING:
     from registry.operations.difference import ComponentDifference, ModuleSide, Norms, ValueDifference
     from registry.operations.exporting import ExportResult
     from registry.operations.importing import ImportResult
-    from registry.registry import Details, Difference, Lineage, PullResult, PushResult, Version
+    from registry.registry import (
+        Compatibility,
+        Details,
+        Difference,
+        Fit,
+        Lineage,
+        Needs,
+        PullResult,
+        PushResult,
+        Version,
+    )
 
 
 def sha256(digest: str) -> str:
@@ -184,6 +194,39 @@ def finding_document(finding: Finding) -> dict[str, Any]:
         "found": finding.found,
         "mend": finding.mend,
     }
+
+
+def compatibility_document(found: Compatibility) -> dict[str, Any]:
+    """`registry check --json`."""
+    return {
+        "adapter": found.adapter,
+        "model": found.model,
+        "peft": found.peft,
+        "purpose": found.purpose,
+        "verdict": found.verdict,
+        "matched": found.matched,
+        "total": found.total,
+        "findings": [finding_document(one) for one in found.findings],
+    }
+
+
+def fit_document(fit: Fit) -> dict[str, Any]:
+    """One entry of `registry fits --json`."""
+    return {
+        **version_document(fit.version),
+        "matched": fit.matched,
+        "total": fit.total,
+        "verdict": fit.verdict,
+        "reason": fit.reason,
+    }
+
+
+def needs_document(found: Needs) -> dict[str, Any]:
+    """`registry needs --json`: the fields of `Needs`, in their names."""
+    from dataclasses import asdict
+
+    document: dict[str, Any] = _json(asdict(found))
+    return document
 
 
 def history_document(events: Iterable[Event]) -> dict[str, Any]:

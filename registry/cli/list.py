@@ -36,6 +36,8 @@ COLUMNS = (
     Column("SIZE", right=True),
     Column("CREATED"),
 )
+FINDINGS = Column("FINDINGS", right=True)
+"""Of versions about which there is something to say; 'registry show' has it in full."""
 MOST_TAGS = 3
 
 
@@ -81,11 +83,13 @@ def list_command(options: Options, /, where: tuple[str, ...], sort: str | None, 
         emit_json([version_document(version) for version in versions])
     elif versions:
         asked = asked_for(where, sort)
-        columns = (*COLUMNS, *(Column(key, right=field == "metric", least=6) for field, key in asked))
+        noticed = any(version.findings for version in versions)
+        more = [Column(key, right=field == "metric", least=6) for field, key in asked]
+        columns = (*COLUMNS, *((FINDINGS,) if noticed else ()), *more)
         room = width()
-        rows = [row(version, asked) for version in versions]
+        rows = [row(version, asked, findings=noticed) for version in versions]
         if room is not None and natural_width(columns, rows) > room:
-            rows = [row(version, asked, short=True) for version in versions]
+            rows = [row(version, asked, short=True, findings=noticed) for version in versions]
         emit_lines(table_lines(columns, rows, room))
     elif keywords["limit"] != 0:
         message("no version is like that" if where or any(keywords.values()) else "no versions yet")
@@ -100,12 +104,15 @@ def asked_for(where: Sequence[str], sort: str | None) -> list[tuple[str, str]]:
     return list(dict.fromkeys(pair for pair in fields if pair[1]))
 
 
-def row(version: Version, asked: Sequence[tuple[str, str]] = (), *, short: bool = False) -> list[str]:
+def row(
+    version: Version, asked: Sequence[tuple[str, str]] = (), *, short: bool = False, findings: bool = False
+) -> list[str]:
     """The cells of one version; `-` for what is not known or does not apply.
 
     Args:
         asked: metadata and metrics to show, see `asked_for`.
         short: the day alone, and the number of tags after the third.
+        findings: also how many errors and warnings its push noticed.
     """
     tags = version.tags
     if short and len(tags) > MOST_TAGS + 1:
@@ -120,6 +127,7 @@ def row(version: Version, asked: Sequence[tuple[str, str]] = (), *, short: bool 
         escaped(version.base or "-"),
         human_size(version.size),
         f"{version.created_at:%Y-%m-%d}" if short else human_time(version.created_at),
+        *((str(version.findings or "-"),) if findings else ()),
         *(_said(version, field, key) for field, key in asked),
     ]
 

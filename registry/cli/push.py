@@ -50,6 +50,7 @@ from registry.cli.output import YELLOW, emit, emit_json, human_size, message, re
     help="Record layout, tensor digests and place, store no tensors: for bases of many gigabytes. It can be checked "
     "against, not pulled.",
 )
+@click.option("--force", is_flag=True, help="Store an adapter that does not fit its base, with its findings.")
 @attachment_options(files="tokenizer, README", larger="a larger one is refused")
 @common_options
 @click.pass_obj

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
+from registry.compat.placing import Placing, place
 from registry.core.adapter_config import AdapterConfig
 from registry.core.adapter_names import Target
 from registry.core.findings import Finding
@@ -52,7 +54,7 @@ class AdapterSide:
         form: of the model that it was trained on, where that is known.
         written_by: PEFT version that wrote it; None: unknown.
         files: sha256 of the files that came with it, by path.
-        twins: versions with the same tensors and another configuration, each as `namespace/name@number (what differs)`.
+        twins: earlier versions with the same tensors and another scaling, each as `namespace/name@number (which)`.
         has_probe: whether a behaviour probe is kept of it.
     """
 
@@ -103,6 +105,8 @@ class Case:
     Attributes:
         model: None: the adapter is looked at by itself.
         peft: version that would load it, like `0.21.0`.
+        proof: what the behaviour probe gave, in words; None: it was not run.
+        proven: whether these are the recorded outputs.
         purpose: `load` as a wrapper around the model; `merge` into the weights, or with other adapters; `hotswap`
             into a slot of a compiled model.
     """
@@ -111,3 +115,14 @@ class Case:
     model: ModelSide | None = None
     peft: str = KNOWN_PEFT
     purpose: Purpose = "load"
+    proof: str | None = None
+    proven: bool = False
+
+    @cached_property
+    def placing(self) -> Placing:
+        """Where the adapter's targets are in the model; nothing is placed without one."""
+        form = None if self.model is None else self.model.form
+        is_version = self.model is not None and self.model.is_version
+        config = self.adapter.config
+        replication = () if config is None else config.layer_replication
+        return place(self.adapter.targets, form, is_version=is_version, replication=replication)

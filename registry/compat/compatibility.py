@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from registry.compat.case import Purpose
@@ -48,6 +48,19 @@ class Compatibility:
         if self.errors:
             return "does not fit"
         return "undecided" if self.undecided else "fits"
+
+    def __str__(self) -> str:
+        """The verdict and a table of the findings."""
+        against = f" into {self.model}" if self.model else ""
+        lines = [f"{self.adapter}{against}, to {self.purpose} with PEFT {self.peft}: {self.verdict}"]
+        if self.total and self.model:
+            lines.append(f"{self.matched} of {self.total} targets are there")
+        where = max((len(one.subject) for one in self.findings), default=0)
+        lines += [
+            f"{one.code}  {one.severity:9}  {one.subject:{min(where, 40)}}  {replace(one, subject='')}".rstrip()
+            for one in self.findings
+        ]
+        return "\n".join(lines)
 
     def __bool__(self) -> bool:
         return self.verdict != "does not fit"

@@ -14,7 +14,15 @@ from registry.core.findings import Finding, Severity
 from registry.core.layout import Layout
 from registry.core.tensor_names import base_name, canonical_name, is_adapter_tensor, split_at_tuner, without_layers
 
-__all__ = ["Target", "base_name", "canonical_name", "is_adapter_tensor", "target_scaling", "targets_of"]
+__all__ = [
+    "Target",
+    "base_name",
+    "canonical_name",
+    "is_adapter_tensor",
+    "pattern_paths",
+    "target_scaling",
+    "targets_of",
+]
 
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 """What PEFT saves beside an adapter without being asked (its `EMBEDDING_LAYER_NAMES`)."""
@@ -73,13 +81,13 @@ def target_scaling(config: AdapterConfig, target: Target) -> float | None:
     PEFT looks patterns up under the name of the module that was targeted, which for the output projection of a
     MultiheadAttention is the attention, and for a parameter the parameter.
     """
-    paths = _pattern_paths(target.module, target.kind.partition("+")[0], config)
+    paths = pattern_paths(target.module, target.kind.partition("+")[0], config)
     if len({alpha_of(config, path) for path in paths}) != 1:
         return None
     return scaling(config, paths[0], target.rank)
 
 
-def _pattern_paths(module: str, kind: str, config: AdapterConfig) -> tuple[str, ...]:
+def pattern_paths(module: str, kind: str, config: AdapterConfig) -> tuple[str, ...]:
     """The paths under which PEFT may have looked a module up; more than one where the tensors leave it open."""
     if kind == "attention_out":
         return (module.rpartition(".")[0],)
@@ -206,7 +214,7 @@ class _Reader:
         if kind == "parameter":
             owned = _parameters_of(bare, config) if config else []
             place = f"{bare}.{owned[0]}" if len(owned) == 1 else path
-        wanted = {rank_of(config, one) for one in _pattern_paths(place, kind, config)} if config else {None}
+        wanted = {rank_of(config, one) for one in pattern_paths(place, kind, config)} if config else {None}
         expected = wanted.pop() if len(wanted) == 1 else None
         if kind == "parameter" and expected is not None and rank % expected == 0:
             rank = expected

@@ -18,6 +18,10 @@ from registry.core.tensor_names import base_name, is_adapter_tensor
 
 ROLE = "modules"
 """The role of its document among what describes a version."""
+LIVE_NAMES = "live_names"
+"""That of the map from the names of saved tensors to those of the live model (formats/live_names.py)."""
+ROUNDED = "rounded_digests"
+"""That of the digests which a base's tensors have after a cast to bfloat16 (formats/rounding.py)."""
 FORMAT = 1
 MAX_BYTES = 64 << 20
 MAX_NAME = 1000
@@ -124,6 +128,14 @@ class ModelForm:
                 found.add(path)
                 path = path.rpartition(".")[0]
         return frozenset(found)
+
+    @cached_property
+    def by_end(self) -> dict[str, tuple[str, ...]]:
+        """Paths by their last two names."""
+        found: dict[str, list[str]] = {}
+        for module in self.modules:
+            found.setdefault(".".join(module.path.split(".")[-2:]), []).append(module.path)
+        return {end: tuple(paths) for end, paths in found.items()}
 
     @cached_property
     def ties(self) -> dict[str, tuple[str, ...]]:

@@ -298,6 +298,11 @@ def tensor_file(
     return TensorFileInMemory(path, role, layout, [partial(tensor_bytes, value) for _, value in specs], metadata)
 
 
+def dtype_code(dtype: torch.dtype) -> str | None:
+    """The safetensors code of a torch dtype; None where it has none."""
+    return _TORCH_NAMES.get(str(dtype).removeprefix("torch."))
+
+
 def tensor_spec(name: object, value: Any) -> TensorSpec:
     """A live tensor's place in a layout.
 
@@ -312,7 +317,7 @@ def tensor_spec(name: object, value: Any) -> TensorSpec:
     if not isinstance(value, torch.Tensor):
         raise UnsupportedTensor(f"{shown(name)}: expected a tensor, found {type(value).__name__}; leave it out")
     refused = not_plain(value)
-    code = _TORCH_NAMES.get(str(value.dtype).removeprefix("torch."))
+    code = dtype_code(value.dtype)
     if refused is None and code is None:
         refused = (f"dtype {value.dtype}", "convert it to a dtype that safetensors has")
     if refused is not None or code is None:

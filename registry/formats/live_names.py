@@ -11,12 +11,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from registry.core.canonical_json import canonical_json
+from registry.core.errors import InvalidInput
 from registry.core.layout import TensorSpec
+from registry.core.model_form import ModelForm, Module, read_model_form
 from registry.core.reference import shown
 
 FORMAT = 1
@@ -74,6 +76,8 @@ class LiveNames:
         missing: live names that no saved tensor gives.
         unused: saved names for which the live model has no place.
         notes: what the user should know.
+        form: of the model as the library builds it, with the dtypes of the saved tensors; None: it was not asked.
+        no_form: why the library was asked and there is no form.
     """
 
     library: str
@@ -85,6 +89,8 @@ class LiveNames:
     missing: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    form: ModelForm | None = field(default=None, compare=False, repr=False)
+    no_form: str | None = field(default=None, compare=False)
 
     def tree(self) -> dict[str, Any]:
         """Plain data, as it stands in the document; docs/format.md has its members."""
@@ -138,7 +144,8 @@ def live_names(
     """
     if importlib.util.find_spec("transformers") is None:
         return NoLiveNames("transformers is not installed")
-    request = json.dumps({"config": config, "tensors": [[spec.name, spec.shape] for spec in tensors]})
+    specs = list(tensors)
+    request = json.dumps({"config": config, "tensors": [[spec.name, spec.shape] for spec in specs]})
     try:
         # -P and the file's own path: nothing is imported from the current folder, which may be the model's.
         ended = subprocess.run(
@@ -160,10 +167,10 @@ def live_names(
     except ValueError:
         last = (ended.stderr.strip().splitlines() or [""])[-1]
         return NoLiveNames(f"the process that asks transformers ended with {ended.returncode}: {shown(last, 200)}")
-    return NoLiveNames(shown(answer["why"], 300)) if "why" in answer else _read_answer(answer)
+    return NoLiveNames(shown(answer["why"], 300)) if "why" in answer else _read_answer(answer, specs)
 
 
-def _read_answer(answer: Mapping[str, Any]) -> LiveNames:
+def _read_answer(answer: Mapping[str, Any], tensors: Iterable[TensorSpec]) -> LiveNames:
     notes = []
     if other := answer["other_shapes"]:
         name, saved, live = other[0]
@@ -171,6 +178,12 @@ def _read_answer(answer: Mapping[str, Any]) -> LiveNames:
             f"{len(other)} tensors do not have the shapes of config.json's {answer['class']}; "
             f"the first is {shown(name, 120)}: saved {saved}, live {live}"
         )
+    form, no_form = None, answer.get("no_form")
+    if "form" in answer:
+        try:
+            form = _with_saved_dtypes(read_model_form(answer["form"].encode("utf-8"), "its answer"), answer, tensors)
+        except InvalidInput as error:
+            no_form = str(error)
     return LiveNames(
         library=answer["library"],
         version=answer["version"],
@@ -188,7 +201,26 @@ def _read_answer(answer: Mapping[str, Any]) -> LiveNames:
         missing=tuple(answer["missing"]),
         unused=tuple(answer["unused"]),
         notes=tuple(notes),
+        form=form,
+        no_form=None if no_form is None else shown(no_form, 300),
     )
+
+
+def _with_saved_dtypes(form: ModelForm, answer: Mapping[str, Any], tensors: Iterable[TensorSpec]) -> ModelForm:
+    """The form with the dtypes of what is saved: the model was built in float32. What no file has stays so."""
+    saved = {spec.name: spec.dtype for spec in tensors}
+    dtypes = {answer["renamed"].get(name, name): dtype for name, dtype in saved.items()}
+    for step in answer["converted"]:
+        first = next(name for names in step["saved"] for name in names)
+        dtypes |= {name: saved[first] for name, _ in step["live"]}
+    dtypes |= {name: dtypes[other] for name, other in answer["tied"].items() if other in dtypes}
+
+    def typed(module: Module) -> Module:
+        path = f"{module.path}." if module.path else ""
+        parameters = (replace(one, dtype=dtypes.get(path + one.name, one.dtype)) for one in module.parameters)
+        return replace(module, parameters=tuple(parameters))
+
+    return replace(form, modules=tuple(map(typed, form.modules)))
 
 
 def diffusers_live_names(class_name: str, tensors: Iterable[TensorSpec], *, is_sharded: bool) -> LiveNames:

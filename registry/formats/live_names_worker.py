@@ -1,7 +1,7 @@
 """Asks transformers what it calls the tensors of a model folder. A program of its own (`live_names` starts it): a
 request as JSON on standard input, one JSON answer on standard output. It builds the model on the meta device from the
-classes that transformers itself has for a `model_type`, and runs its renamings and conversions on tensors without
-bytes; no code, file or address that the configuration names is used, and nothing is downloaded."""
+classes that transformers itself has for a `model_type`, runs its renamings and conversions on tensors without bytes,
+and lists its modules; no code, file or address that the configuration names is used, and nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 NOT_IMPORTED = ("kernels", "timm")
@@ -51,13 +53,25 @@ def describe(config: Mapping[str, Any], tensors: Sequence[tuple[str, Sequence[in
     if config.get("quantization_config") is not None:
         raise NoMap("the model is quantised, so its live names depend on the library that quantised it")
     found = _model_class(config.get("model_type"), _architecture(config))
-    plain = CONFIG_MAPPING[config["model_type"]].from_dict(_plain(config))
+    plain = CONFIG_MAPPING[config["model_type"]].from_dict(plain_config(config))
     if not isinstance(plain, found.config_class):
         raise NoMap(f"a {found.__name__} is not made of a {type(plain).__name__}")
     with ContextManagers(found.get_init_context(torch.float32, False, False, False)):
         model = found(plain)
     answer = _follow(model, get_model_conversion_mapping(model), tensors)
-    return {"class": found.__name__, "library": "transformers", "version": transformers.__version__, **answer}
+    version = transformers.__version__
+    return {"class": found.__name__, "library": "transformers", "version": version, **answer, **_form(model)}
+
+
+def _form(model: Any) -> dict[str, str]:
+    """The document of the model's form; where it cannot be made, why."""
+    from registry.formats.live_form import live_form
+
+    try:
+        model.tie_weights()  # which was put off when it was built
+        return {"form": live_form(model).document.decode("utf-8")}
+    except Exception as error:  # noqa: BLE001  # code of any of its models; the map is good without it
+        return {"no_form": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 
 
 def _architecture(config: Mapping[str, Any]) -> str | None:
@@ -66,14 +80,14 @@ def _architecture(config: Mapping[str, Any]) -> str | None:
     return first if isinstance(first, str) else None
 
 
-def _plain(value: Any) -> Any:
-    """The configuration without what could make the library run or fetch something."""
+def plain_config(value: Any) -> Any:
+    """A configuration without what could make the library run or fetch something."""
     if isinstance(value, dict):
         if value.keys() == {"__float__"}:
             # transformers writes infinity so.
             return float(value["__float__"])
-        return {key: _plain(inner) for key, inner in value.items() if key not in LEFT_OUT_OF_A_CONFIG}
-    return [_plain(inner) for inner in value] if isinstance(value, list) else value
+        return {key: plain_config(inner) for key, inner in value.items() if key not in LEFT_OUT_OF_A_CONFIG}
+    return [plain_config(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _model_class(model_type: object, architecture: str | None) -> Any:
@@ -190,8 +204,17 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, str))
 
 
+def _own_package() -> None:
+    """Has `registry` be the package that this file is part of. Neither the current folder nor the one around the
+    package comes onto `sys.path`, and the package need not be installed."""
+    package = ModuleType("registry")
+    package.__path__ = [str(Path(__file__).resolve().parents[1])]
+    sys.modules["registry"] = package
+
+
 def main() -> None:
     """Reads the request and writes the answer: the map, or `{"why": ...}`."""
+    _own_package()
     # What a library prints must not get between the answer's lines.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

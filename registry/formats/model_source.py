@@ -1,14 +1,17 @@
 """A model folder, opened for a push: its shards as components, its other files as attachments, and beside it the map
-from saved to live names where the library that loads it can be asked."""
+from saved to live names, and the model's modules, where the library that loads it can be asked."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache, partial
 
+from registry.core.errors import InvalidInput
 from registry.core.layout import TensorSpec
+from registry.core.model_form import LIVE_NAMES
+from registry.core.model_form import ROLE as MODULES
 from registry.core.tensor_names import is_adapter_tensor
 from registry.formats.attachments import ATTACHMENT_LIMIT, FolderListing, attachments
 from registry.formats.live_names import (
@@ -28,8 +31,8 @@ from registry.formats.model_folders import (
 from registry.formats.source import Described, PlainFileInMemory, Source, TensorFile, read_small
 from registry.formats.tensor_files import open_tensor_file
 
-LIVE_NAMES = "live_names"
-"""Role of the map among what is said of a version."""
+Answers = Mapping[str, LiveNames | NoLiveNames]
+"""By component."""
 
 
 def read_model_folder(listing: FolderListing, *, attachment_limit: int | None = ATTACHMENT_LIMIT) -> Source | None:
@@ -64,12 +67,13 @@ def read_model_folder(listing: FolderListing, *, attachment_limit: int | None = 
         is_adapted = any(
             is_adapter_tensor(name) for file in files.values() for named in file.entries.values() for name, _ in named
         )
+        later = _described_later(plan, cache(partial(_ask, plan, documents, tensors)))
         return Source(
             form=plan.form,
             kind="checkpoint" if is_adapted else "base",
             tensor_files=tuple(files.values()),
             plain_files=tuple(sorted(kept, key=lambda file: file.path)),
-            described_later={LIVE_NAMES: cache(partial(_live_names, plan, documents, tensors))},
+            described_later=later,
             notes=(*notes, *about_files, *about_shards),
             is_unchanged=listing.is_unchanged,
             resources=stack.pop_all(),
@@ -110,20 +114,44 @@ def _check_indices(
     return tuple(notes)
 
 
-def _live_names(
-    plan: ModelFolder, documents: Mapping[str, bytes], tensors: Mapping[str, Sequence[TensorSpec]]
-) -> Described:
+def _described_later(plan: ModelFolder, ask: Callable[[], Answers]) -> dict[str, Callable[[], Described]]:
+    """What the libraries can tell of the folder, by role; they are asked once, when the first role is wanted."""
+    found: dict[str, Callable[[], Described]] = {LIVE_NAMES: lambda: _live_names(ask())}
+    # A form is of one model, the one that an adapter is trained on.
+    if [one.role for one in plan.components] == ["model"] and plan.components[0].library == "transformers":
+        found[MODULES] = lambda: _modules(ask()["model"])
+    return found
+
+
+def _ask(plan: ModelFolder, documents: Mapping[str, bytes], tensors: Mapping[str, Sequence[TensorSpec]]) -> Answers:
+    return {
+        component.role: _names_of(component, documents[component.config], tensors[component.role])
+        for component in plan.components
+    }
+
+
+def _live_names(answers: Answers) -> Described:
     """The maps that there are, and notes on those that there are not."""
     maps: dict[str, LiveNames] = {}
     notes: list[str] = []
-    for component in plan.components:
-        found = _names_of(component, documents[component.config], tensors[component.role])
+    for role, found in answers.items():
         if isinstance(found, LiveNames):
-            maps[component.role] = found
-            notes.extend(f"{component.role}: {note}" for note in found.notes)
+            maps[role] = found
+            notes.extend(f"{role}: {note}" for note in found.notes)
         else:
-            notes.append(f"no map to the live names of the {component.role}: {found.why}")
+            notes.append(f"no map to the live names of the {role}: {found.why}")
     return Described(live_names_document(maps) if maps else None, tuple(notes))
+
+
+def _modules(answer: LiveNames | NoLiveNames) -> Described:
+    """The form of the model. Where there is no map either, the note on that says why."""
+    if isinstance(answer, NoLiveNames) or answer.form is None:
+        why = answer.no_form if isinstance(answer, LiveNames) else None
+        return Described(None, () if why is None else (f"no list of the model's modules: {why}",))
+    try:
+        return Described(answer.form.document)
+    except InvalidInput as error:
+        return Described(None, (f"no list of the model's modules: {error}",))
 
 
 def _names_of(component: ModelComponent, config: bytes, tensors: Sequence[TensorSpec]) -> LiveNames | NoLiveNames:

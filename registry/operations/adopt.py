@@ -140,6 +140,7 @@ class _Work:
             metadata=self._metadata(step),
             parents=[] if item.continued_from is None else [("continued_from", item.continued_from, None)],
             external=item.external,
+            force=True,  # what is there is taken as it is, with its findings
         )
         source = open_artifact(step.artifact, self._attachments)
         source.origin = origin_of(step.artifact.place)

@@ -15,9 +15,9 @@ from registry.catalog.descriptions import descriptions_of
 from registry.core.adapter_names import Target
 from registry.core.errors import RegistryError
 from registry.core.layout import Layout
+from registry.core.model_form import LIVE_NAMES
 from registry.core.reference import parse_artifact, shown
 from registry.core.run_names import RunPlace, choose_names, run_place, slug
-from registry.formats.model_source import LIVE_NAMES
 from registry.formats.origin import origin_of
 from registry.formats.scan import TENSOR_SUFFIXES, Artifact, Tree, fingerprint, scan
 from registry.operations.adopt_look import Attachments, Look, NoArtifact, look_at, open_artifact

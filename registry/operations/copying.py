@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-LENIENT = frozenset(("C05", "C06", "C08"))
-"""What `strict=False` lets pass: unexpected, missing and misshapen tensors."""
+LENIENT = frozenset(("C04", "C05", "C06", "C08", "C13", "C14", "C26", "C29"))
+"""What `strict=False` lets pass: unexpected, missing and misshapen tensors, another base or other arguments of it."""
 
 
 def copy_into(
@@ -58,8 +58,11 @@ def copy_into(
         )
 
 
-def settle(findings: Iterable[Finding], *, strict: bool, what: str) -> set[str]:
+def settle(findings: Iterable[Finding], *, strict: bool, what: str, lenient: frozenset[str] = LENIENT) -> set[str]:
     """Refuses or warns.
+
+    Args:
+        lenient: codes of errors that `strict=False` lets pass.
 
     Returns:
         Subjects of the errors that were let pass.

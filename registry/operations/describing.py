@@ -6,7 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from registry.core.adapter_config import AdapterConfig, canonical_config, config_findings
+from registry.compat.case import AdapterSide, Case, ModelSide
+from registry.compat.compatibility import in_order
+from registry.compat.rules import run
+from registry.core.adapter_config import AdapterConfig, canonical_config
 from registry.core.adapter_names import Target, targets_of
 from registry.core.content_digest import content_digest
 from registry.core.digest import sha256_hex
@@ -15,6 +18,8 @@ from registry.core.findings import Finding
 from registry.core.layout import Layout, TensorSpec
 from registry.core.manifest import Component, File, Manifest, Parent
 from registry.core.reference import shown
+from registry.core.tensor_names import is_adapter_tensor
+from registry.core.zeros import zero_tensors
 from registry.formats.source import Source
 from registry.operations.writing import WrittenFile, WrittenPlainFile
 
@@ -44,6 +49,7 @@ class Description:
     Attributes:
         components: by role; those without a tensor as well.
         nonfinite: positions of tensors with NaN or Inf, for the components that have such.
+        adapter: as the rules of `registry.compat` see it, where it is or holds one.
     """
 
     manifest: Manifest
@@ -52,6 +58,7 @@ class Description:
     findings: tuple[Finding, ...]
     content_digest: str
     nonfinite: Mapping[str, tuple[int, ...]]
+    adapter: AdapterSide | None = None
 
     @property
     def layouts(self) -> dict[str, Layout]:
@@ -66,11 +73,13 @@ def describe(
     *,
     base: str | None,
     parents: Iterable[Parent],
+    model: ModelSide | None = None,
 ) -> Description:
     """Works out what a version is.
 
     Args:
         base: manifest digest of the base version.
+        model: that base, against which an adapter is held.
 
     Raises:
         MalformedTensors: two files hold one tensor of a component.
@@ -80,7 +89,6 @@ def describe(
     config = None if source.config is None else canonical_config(source.config)
     layouts = {role: content.layout for role, content in components.items()}
     nonfinite = {role: content.nonfinite for role, content in components.items() if content.nonfinite}
-    targets, findings = version_findings(kind, source.config, layouts, nonfinite)
     manifest = Manifest(
         kind=kind,
         components=tuple(
@@ -109,10 +117,13 @@ def describe(
         parents=tuple(parents),
     )
     manifest.check()
+    adapter = adapter_of(manifest, source.config, layouts, peft_version=source.peft_version, model=model)
+    targets = () if adapter is None else adapter.targets
+    findings = version_findings(adapter, layouts, nonfinite, model=model)
     content = content_digest(
         {role: (one.layout, one.tensors) for role, one in components.items() if one.tensors}, source.config, targets
     )
-    return Description(manifest, components, targets, findings, content, nonfinite)
+    return Description(manifest, components, targets, findings, content, nonfinite, adapter)
 
 
 def component_contents(files: Sequence[WrittenFile], data: Iterable[str]) -> dict[str, ComponentContent]:
@@ -160,22 +171,59 @@ def _carried(number: int, written: WrittenFile, components: Mapping[str, Compone
     return roles[0] if content.places == whole and content.layout == written.file.layout else None
 
 
-def version_findings(
-    kind: str,
+def adapter_of(
+    manifest: Manifest,
     config: AdapterConfig | None,
     layouts: Mapping[str, Layout],
+    *,
+    peft_version: str | None,
+    model: ModelSide | None = None,
+) -> AdapterSide | None:
+    """The adapter that a version is or holds, as the rules of `registry.compat` see it: a function of what manifest and
+    journal hold.
+
+    Args:
+        config: of its adapter, where it is known.
+        model: the base that it was trained on.
+    """
+    role = "adapter" if "adapter" in layouts else "model"
+    if role not in layouts or (manifest.kind != "adapter" and config is None):
+        return None
+    targets, read = targets_of(layouts[role], config)
+    digests = next(part.tensors for part in manifest.components if part.role == role)
+    own = [pair for pair in zip(layouts[role], digests, strict=True) if is_adapter_tensor(pair[0].name)]
+    return AdapterSide(
+        reference="",
+        layout=layouts[role],
+        config=config,
+        targets=targets,
+        read=read,
+        zeros=zero_tensors(own),
+        weights=None if model is None else model.weights,
+        written_by=peft_version,
+        files={file.path: file.sha256 for file in manifest.files},
+    )
+
+
+def version_findings(
+    adapter: AdapterSide | None,
+    layouts: Mapping[str, Layout],
     nonfinite: Mapping[str, Sequence[int]],
-) -> tuple[tuple[Target, ...], tuple[Finding, ...]]:
-    """Targets of a version, and what there is to say about it; a function of what manifest and journal hold."""
-    findings: list[Finding] = list(config_findings(config)) if config is not None else []
-    targets: tuple[Target, ...] = ()
-    adapted = layouts.get("adapter", layouts.get("model"))
-    if adapted is not None and (kind == "adapter" or config is not None):
-        targets, about_targets = targets_of(adapted, config)
-        findings += about_targets
+    *,
+    model: ModelSide | None = None,
+) -> tuple[Finding, ...]:
+    """What there is to say about a version, errors first.
+
+    Args:
+        adapter: `adapter_of` it.
+        model: the base that it was trained on.
+    """
+    findings: list[Finding] = []
+    if adapter is not None:
+        findings += (one for one in run(Case(adapter, model)) if one.severity != "undecided")
     for role, positions in sorted(nonfinite.items()):
         findings += nonfinite_findings(layouts[role], positions)
-    return targets, tuple(findings)
+    return in_order(findings)
 
 
 def nonfinite_findings(layout: Layout, positions: Sequence[int]) -> list[Finding]:

@@ -107,6 +107,7 @@ def _import_version(
         message=past.message,
         parents=[(one.relation, here[source], one.weight) for one, source in zip(parents, past.parents, strict=True)],
         external=entry.external is not None,
+        force=True,  # it was stored before, and said so then
     )
     result = push(context, contents.source(entry, found), request)
     with context.reading() as connection:

@@ -47,8 +47,13 @@ def load(
     adapter_name: str | None = None,
     strict: bool = True,
     prove: bool = False,
+    check: bool = True,
 ) -> Any:
-    """Loads a version; see `Registry.load`."""
+    """Loads a version; see `Registry.load`.
+
+    Args:
+        check: hold an adapter against the model by the rules of `registry.compat` first.
+    """
     if prove:
         return _load_and_prove(context, reference, model, component, adapter_name, strict)
     loaded = _read(context, reference, component)
@@ -57,9 +62,17 @@ def load(
         return tensors if loaded.state is None else read_state(loaded.state, tensors)
     if loaded.role == "adapter":
         from registry.operations.load_adapter import load_adapter
+        from registry.operations.load_check import findings_first
 
+        found = findings_first(context, loaded.record, model, adapter_name=adapter_name) if check else ()
         return load_adapter(
-            model, loaded.tensors, loaded.config, adapter_name=adapter_name, strict=strict, what=loaded.record.reference
+            model,
+            loaded.tensors,
+            loaded.config,
+            adapter_name=adapter_name,
+            strict=strict,
+            what=loaded.record.reference,
+            findings=found,
         )
     from registry.operations.copying import copy_into
 

@@ -4,7 +4,7 @@ what adapter or wrapper stood in the names that were pushed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +58,12 @@ def load_adapter(
     adapter_name: str | None,
     strict: bool,
     what: str,
+    findings: Sequence[Finding] = (),
 ) -> nn.Module:
     """Copies an adapter into a model; see `Registry.load`.
+
+    Args:
+        findings: what the rules of `registry.compat` say of it and the model.
 
     Returns:
         The model, or the PeftModel that now holds it.
@@ -79,11 +83,12 @@ def load_adapter(
                 f"{what} has no configuration, so an adapter cannot be made for a plain model: "
                 "wrap the model with get_peft_model first, with the r and lora_alpha that it was trained with"
             )
+        settle(findings, strict=strict, what=f"{what} does not fit this {type(model).__name__}")
         return _wrap(model, named, config, targets, adapter_name or "default", strict=strict, what=what)
     refuse_merged(holder)
     refuse_disabled(holder, what)
     name = choose_adapter(holder, adapter_name)
-    _put(holder, name, named, config, targets, strict=strict, what=what)
+    _put(holder, name, named, config, targets, strict=strict, what=what, findings=findings)
     return model
 
 
@@ -129,19 +134,21 @@ def _put(
     *,
     strict: bool,
     what: str,
+    findings: Sequence[Finding] = (),
 ) -> None:
     places = {canonical_name(name): (name, tensor) for name, tensor in adapter_tensors(holder, adapter_name).items()}
     aliases = {canonical: tensor for canonical, (_, tensor) in places.items()}
-    findings = [
+    found = [
+        *findings,
         *option_findings(holder, adapter_name, config),
         *scaling_findings(holder, adapter_name, config, targets),
     ]
     own = memory_of(holder)
     if all(tensor.is_meta or not tensor.numel() or memory(tensor) in own for tensor in aliases.values()):
-        copy_into(holder, aliases, tensors, strict=strict, what=what, findings=findings)
+        copy_into(holder, aliases, tensors, strict=strict, what=what, findings=found)
         return
     # Strict in any case: PEFT sets all of them or none.
-    settle([*findings, *differences(aliases, tensors)], strict=True, what=f"{what} does not fit this adapter")
+    settle([*found, *differences(aliases, tensors)], strict=True, what=f"{what} does not fit this adapter")
     saved = {places[canonical][0]: tensor.clone() for canonical, tensor in tensors.items()}
     _put_through_peft(holder, adapter_name, saved, what)
 
@@ -220,8 +227,6 @@ def _wrap(
     from peft import get_peft_model
 
     misfit = f"{what} does not fit this {type(model).__name__}"
-    if not config.layer_replication:
-        settle(module_findings(model, targets), strict=strict, what=misfit)
     peft_config = make_peft_config(config, what)
     peft_config.base_model_name_or_path = vars(model).get("name_or_path") or None
     training = [(module, module.training) for module in model.modules()]
@@ -243,28 +248,6 @@ def _wrap(
         module.training = flag
     loaded: nn.Module = wrapped
     return loaded
-
-
-def module_findings(model: nn.Module, targets: tuple[Target, ...]) -> list[Finding]:
-    """Targets that the model has no module for, or one of other sizes."""
-    from torch import nn
-
-    modules = dict(model.named_modules())
-    found = []
-    for target in targets:
-        module = modules.get(target.module)
-        kind = target.kind.partition("+")[0]
-        if module is None:
-            if kind != "parameter":
-                mend = "is this the base that the adapter was trained on?"
-                found.append(Finding("C05", "error", target.module, "the model has no such module", mend=mend))
-        elif isinstance(module, nn.Linear) and kind == "linear":
-            sizes, wanted = (module.in_features, module.out_features), (target.in_features, target.out_features)
-            if sizes != wanted:
-                found.append(
-                    Finding("C08", "error", target.module, "(in, out) features differ", str(sizes), str(wanted))
-                )
-    return found
 
 
 def make_peft_config(config: AdapterConfig, what: str) -> Any:

@@ -12,27 +12,33 @@ from sqlalchemy import Connection
 
 from registry.catalog import annotation_rows, blobs, insertion, removal, tags
 from registry.catalog.descriptions import add_descriptions, descriptions_of
+from registry.catalog.forms import register_form, set_form
 from registry.catalog.names import LockedName, name_id
 from registry.catalog.versions import VersionKey, kind_of_version, resolve, same_content, tags_of, version_by_digest
-from registry.core.annotations import (
-    read_metadata,
-)
+from registry.compat.case import ModelSide
+from registry.compat.compatibility import in_order
+from registry.core.annotations import read_metadata
 from registry.core.digest import sha256_hex
-from registry.core.errors import ArtifactNotFound, DigestMismatch, InUse, InvalidInput, NotFound
+from registry.core.errors import ArtifactNotFound, DigestMismatch, Incompatible, InUse, InvalidInput, NotFound
 from registry.core.event import Event
 from registry.core.findings import Finding
 from registry.core.manifest import Parent
+from registry.core.model_form import ROLE as MODULES
 from registry.core.reference import parse_reference
 from registry.formats.origin import origin_of
 from registry.formats.source import Said, Source
 from registry.operations.architectures import add_architecture
+from registry.operations.checking import live_base_findings
 from registry.operations.context import Context, actor, now
 from registry.operations.deleting import finish_deleting
 from registry.operations.describing import Description, describe
 from registry.operations.environment import capture
+from registry.operations.forms import add_form, add_rounded
+from registry.operations.model_forms import ROLES, VersionForm, version_form
 from registry.operations.opening import Opening, open_source
 from registry.operations.proving import add_probe
 from registry.operations.push_request import Request
+from registry.operations.sides import Sides
 from registry.operations.writing import (
     StoredVersion,
     changed,
@@ -103,11 +109,14 @@ def push(
             opened.origin = origin_of(Path(source))
         _set_role(opened, kind)
         add_architecture(opened, source)
+        add_form(opened, source)
+        add_rounded(opened, kind)
         add_probe(opened, source, how.probe, how.adapter_name)
         environment = opened.environment or capture().to_json()
+        live = None if isinstance(source, Source | str | os.PathLike | Mapping) else source
         for attempt in range(ATTEMPTS):
             try:
-                result, events = _push_once(context, opened, kind, request, environment, before_storing)
+                result, events = _push_once(context, opened, kind, request, environment, before_storing, live)
             except InUse:
                 if attempt == ATTEMPTS - 1:
                     raise
@@ -139,6 +148,7 @@ class _Ancestry:
 
     base: VersionKey | None
     parents: tuple[tuple[Parent, VersionKey], ...]
+    model: ModelSide | None
     base_tensors: Mapping[str, blobs.StoredTensor]
 
 
@@ -164,9 +174,10 @@ def _push_once(
     request: Request,
     environment: Mapping[str, object],
     before_storing: Callable[[Description], None] | None,
+    live: object | None,
 ) -> tuple[PushResult, list[Event]]:
     with context.reading() as connection:
-        ancestry = _ancestry(connection, request)
+        ancestry = _ancestry(context, connection, request)
     stored: StoredVersion | None = None
     bytes_added = 0
     filled: frozenset[str] = frozenset()
@@ -177,13 +188,18 @@ def _push_once(
         plain_files = write_plain_files(source, batch)
         base = None if ancestry.base is None else ancestry.base.digest
         parents = [parent for parent, _ in ancestry.parents]
-        described = describe(source, kind, files, plain_files, base=base, parents=parents)
+        described = describe(source, kind, files, plain_files, base=base, parents=parents, model=ancestry.model)
+        if live is not None and kind == "adapter" and ancestry.model is not None and described.adapter is not None:
+            beside = live_base_findings(live, described.adapter, ancestry.model)
+            described = replace(described, findings=in_order([*described.findings, *beside]))
         if source.digest not in (None, described.manifest.digest):
             what = f"the {source.form} as a version of {request.namespace}/{request.name}"
             raise DigestMismatch(what, expected=str(source.digest), actual=described.manifest.digest)
         if before_storing is not None:
             before_storing(described)
         known = _known(context, request, described.manifest.digest)
+        if known is None and ancestry.model is not None and not request.force:
+            _refuse_misfit(described, source, ancestry.model.reference)
         if known is None or known.state == "purged":
             stored = store_version(context, source, described, files, plain_files, batch, external=request.external)
         elif known.external and not request.external:
@@ -206,6 +222,10 @@ def _push_once(
                 bytes_added += put.size if put.created else 0
             elif there != sha256_hex(data):
                 notes.append(f"the version keeps the {role} that it has; that of this push is another")
+        form: VersionForm | None = None
+        deciding = {role: found[role] for role in ROLES if role in descriptions}
+        if known is None or (deciding and MODULES not in known.described):
+            form = version_form(kind, described.layouts, deciding)
         if stored is not None:
             stored = replace(stored, bytes_new=stored.bytes_new + bytes_added)
         if stored is not None or filled or descriptions:  # else the batch is dropped as it is
@@ -238,10 +258,14 @@ def _push_once(
         if filled:
             blobs.mark_present(connection, filled)
             _require_files(context, filled)
+        if form is not None and not created:  # before anything for which those who have it as their base may wait
+            removal.lock_versions(connection, [version.id])
         for role in descriptions_of(connection, version.id):  # another push may have been faster
             descriptions.pop(role, None)
         add_descriptions(name, version, descriptions, actor=actor(), at=now())
         _require_blobs(context, descriptions.values())
+        if form is not None:
+            _set_form(connection, version, form)
         if created:
             _say_again(name, version, source.said)
         _annotate(name, version, request, source.metadata if created else {}, created=created)
@@ -262,7 +286,20 @@ def _push_once(
     return result, name.appended
 
 
-def _ancestry(connection: Connection, request: Request) -> _Ancestry:
+def _refuse_misfit(described: Description, source: Source, base: str) -> None:
+    """
+    Raises:
+        Incompatible: an adapter that does not fit the base that it is said to be of.
+    """
+    errors = [one for one in described.findings if one.severity == "error"]
+    if errors and described.adapter is not None:
+        raise Incompatible(
+            f"the {source.form} does not fit its base {base}; nothing was stored (force stores it with its findings)",
+            errors,
+        )
+
+
+def _ancestry(context: Context, connection: Connection, request: Request) -> _Ancestry:
     base = None if request.base is None else _parent(connection, request.base, "base")
     if base is not None and kind_of_version(connection, base.id) == "adapter":
         raise InvalidInput(f"base {request.base} is an adapter; name the model that this one was trained on")
@@ -278,7 +315,8 @@ def _ancestry(connection: Connection, request: Request) -> _Ancestry:
                 f"{relation} {reference} is given twice, with the weights {known.weight} and {weight}; add them up"
             )
     base_tensors = {} if base is None else blobs.tensors_of_version(connection, base.id)
-    return _Ancestry(base, tuple(parents.values()), base_tensors)
+    model = None if base is None else Sides(context, connection).model_or_none(base.id)
+    return _Ancestry(base, tuple(parents.values()), model, base_tensors)
 
 
 def _parent(connection: Connection, reference: str, role: str) -> VersionKey:
@@ -336,6 +374,12 @@ def _new_version(
         created_by=actor(),
         created_at=now(),
     )
+
+
+def _set_form(connection: Connection, version: VersionKey, form: VersionForm) -> None:
+    described = descriptions_of(connection, version.id)
+    if all(described.get(role) == digest for role, digest in form.follows_from.items()):
+        set_form(connection, version.id, register_form(connection, form.form))
 
 
 def _require_blobs(context: Context, stored: Iterable[blobs.NewBlob]) -> None:

@@ -21,7 +21,11 @@ from registry.core.reference import check_new_tag, parse_push_target, parse_refe
 
 @dataclass(frozen=True)
 class Request:
-    """A checked push request."""
+    """A checked push request.
+
+    Attributes:
+        force: store what does not fit its base.
+    """
 
     namespace: str
     name: str
@@ -34,6 +38,7 @@ class Request:
     step: int | None
     message: str | None
     external: bool = False
+    force: bool = False
 
 
 def check_request(
@@ -48,6 +53,7 @@ def check_request(
     message: str | None = None,
     parents: Sequence[tuple[str, str, float | None]] = (),
     external: bool = False,
+    force: bool = False,
 ) -> Request:
     """Checks all that can be checked before a byte is read.
 
@@ -84,4 +90,5 @@ def check_request(
         check_step(step),
         message,
         external,
+        force,
     )

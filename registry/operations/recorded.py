@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from registry.catalog.blobs import NewBlob
 from registry.catalog.insertion import NewVersion
+from registry.compat.case import ModelSide
 from registry.core.adapter_config import AdapterConfig
 from registry.core.adapter_names import Target
 from registry.core.content_digest import content_digest
@@ -18,7 +19,7 @@ from registry.core.manifest import File, Manifest
 from registry.core.placement import Placement
 from registry.core.reference import shown
 from registry.core.safetensors_header import build_header
-from registry.operations.describing import version_findings
+from registry.operations.describing import adapter_of, version_findings
 from registry.operations.histories import BROUGHT, Fate, Histories, payload_of
 from registry.operations.holdings import Holdings, Newest
 
@@ -72,10 +73,12 @@ class Recorder:
         base_id: int | None,
         parent_ids: tuple[int, ...],
         registered: Mapping[str, bool],
+        model: ModelSide | None = None,
     ) -> NewVersion:
         """All that the rows of a version say.
 
         Args:
+            model: the base that it was trained on.
             registered: blobs that have a row, and whether it knows their tensors; nothing more is found out of these.
 
         Raises:
@@ -104,7 +107,9 @@ class Recorder:
             nonfinite = self._nonfinite(manifest, placement if moved is None else moved)
         config = self._holdings.config(manifest, peft_version)
         with payload_of(event):
-            targets, findings = version_findings(manifest.kind, config, layouts, nonfinite)
+            adapter = adapter_of(manifest, config, layouts, peft_version=peft_version, model=model)
+            targets = () if adapter is None else adapter.targets
+            findings = version_findings(adapter, layouts, nonfinite, model=model)
         if self._check_content:
             self._compare_content(manifest, layouts, config, targets, str(payload["content"]), what)
         with payload_of(event):

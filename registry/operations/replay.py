@@ -14,17 +14,22 @@ from sqlalchemy.exc import IntegrityError
 from registry.catalog import annotation_rows, insertion, tags
 from registry.catalog.blobs import NewBlob
 from registry.catalog.descriptions import add_descriptions
+from registry.catalog.forms import read_form, register_form
 from registry.catalog.names import LockedName, lock_name
 from registry.catalog.rows import batches
 from registry.catalog.tables import version as version_table
 from registry.catalog.versions import VersionKey
+from registry.compat.case import ModelSide
 from registry.core.annotations import MetadataValue, check_key, check_step, check_text, read_metrics
 from registry.core.errors import Conflict, Corrupt, InvalidInput, NotFound, StorageError
 from registry.core.event import Event, number_from_json
+from registry.core.model_form import ModelForm
 from registry.core.reference import shown
 from registry.operations.histories import Histories, History, payload_of
 from registry.operations.holdings import Holdings
+from registry.operations.model_forms import MODEL, ROLES, recorded_form
 from registry.operations.recorded import Recorder
+from registry.operations.sides import files_of
 
 
 @dataclass(frozen=True)
@@ -87,13 +92,20 @@ def replay(
 
 @dataclass
 class _Name:
-    """A name that is being replayed: its lock, what comes next, and its versions by number."""
+    """A name that is being replayed: its lock, what comes next, and its versions by number.
+
+    Attributes:
+        models: digests of the layouts of those versions that are models.
+        described: by version and role, digests of the documents that tell the form of its model.
+    """
 
     history: History
     locked: LockedName | None = None
     seq: int = 1
     next: Event | None = None
     versions: dict[int, VersionKey] = field(default_factory=dict)
+    models: dict[int, str] = field(default_factory=dict)
+    described: dict[int, dict[str, str]] = field(default_factory=dict)
 
 
 class _Replay:
@@ -107,6 +119,8 @@ class _Replay:
         self._names = {reference: _Name(history) for reference, history in histories.names.items()}
         self._waiting: dict[str, list[str]] = {}  # names by the version that they wait for
         self._registered: dict[str, bool] = {}  # blobs, and whether their tensors are known
+        self._forms: dict[tuple[str | None, ...], int | None] = {}  # row ids by what they follow from
+        self._read_forms: dict[int, ModelForm] = {}
         self._done = Replayed()
         self._kinds: Mapping[str, Callable[[_Name, LockedName, Event], None]] = {
             "pushed": self._pushed,
@@ -210,8 +224,10 @@ class _Replay:
                 self._done.stops.append(Stop(reference, name.seq, number, why, missing.partition("@")[0]))
 
     def _finish(self) -> None:
-        """States, which nothing above may depend on: clocks of two machines need not agree."""
+        """States, which nothing above may depend on: clocks of two machines need not agree. And forms of models, which
+        follow from all that describes a version."""
         states: dict[str, list[int]] = {}
+        forms: dict[int, list[int]] = {}
         stopped = {stop.name for stop in self._done.stops}
         for name in self._names.values():
             if name.history.reference in stopped:
@@ -225,10 +241,27 @@ class _Replay:
                 state = self._state(name, number)
                 if state != "present":
                     states.setdefault(state, []).append(key.id)
+                if (form_id := self._form(name, number)) is not None:
+                    forms.setdefault(form_id, []).append(key.id)
         for state, ids in states.items():
-            for batch in batches(ids):
-                changed = update(version_table).where(version_table.c.id.in_(batch)).values(state=state)
-                self._connection.execute(changed)
+            self._set(ids, state=state)
+        for form_id, ids in forms.items():
+            self._set(ids, architecture_id=form_id)
+
+    def _set(self, version_ids: list[int], **values: object) -> None:
+        for batch in batches(version_ids):
+            self._connection.execute(update(version_table).where(version_table.c.id.in_(batch)).values(**values))
+
+    def _form(self, name: _Name, number: int) -> int | None:
+        """Row id of the form of a version's model, where it has one."""
+        layout, described = name.models.get(number), name.described.get(number, {})
+        key = (layout, *(described.get(role) for role in ROLES))
+        if key not in self._forms:
+            layouts = {} if layout is None else {MODEL: self._holdings.layout(layout)}
+            kind = "adapter" if layout is None else "base"
+            form = recorded_form(kind, layouts, self._holdings, described)
+            self._forms[key] = None if form is None else register_form(self._connection, form)
+        return self._forms[key]
 
     def _close(self, name: _Name) -> None:
         """Lets nobody add to a name that ends early: whoever locks it finds an entry of the journal that comes next."""
@@ -254,12 +287,34 @@ class _Replay:
         )
         fate = name.history.fates[int(event.version or 0)]
         new = self._recorder.new_version(
-            event, manifest, fate, base_id=base_id, parent_ids=parent_ids, registered=self._registered
+            event,
+            manifest,
+            fate,
+            base_id=base_id,
+            parent_ids=parent_ids,
+            registered=self._registered,
+            model=None if base is None or manifest.kind != "adapter" else self._model(base),
         )
         key = insertion.insert_version(locked, new)
         for blob in new.blobs:
             self._registered[blob.digest] = self._registered.get(blob.digest, False) or blob.layout is not None
         name.versions[key.number] = key
+        layout = next((part.layout for part in manifest.components if part.role == MODEL), None)
+        if layout is not None and manifest.kind != "adapter":
+            name.models[key.number] = layout
+
+    def _model(self, base: str) -> ModelSide | None:
+        """A base as the rules see it, by what has described it so far; without its weights, which are its adapters'
+        own."""
+        artifact, _, number = base.partition("@")
+        name = self._names[artifact]
+        form_id = self._form(name, int(number))
+        if form_id is None:
+            return None
+        if form_id not in self._read_forms:
+            self._read_forms[form_id] = read_form(self._connection, form_id)
+        files = files_of(self._connection, name.versions[int(number)].id)
+        return ModelSide(base, self._read_forms[form_id], files=files)
 
     def _parent(self, reference: str, digest: str | None, event: Event) -> int:
         key = self._version(reference)
@@ -277,7 +332,10 @@ class _Replay:
             if size is None:
                 raise Corrupt(f"blob {digest} ({shown(role)}) is missing, and nothing else tells its size")
             blobs[role] = NewBlob(digest, size)
-        add_descriptions(locked, self._of(name, event), blobs, actor=event.actor, at=event.at)
+        key = self._of(name, event)
+        add_descriptions(locked, key, blobs, actor=event.actor, at=event.at)
+        deciding = {role: digest for role, digest in digests.items() if role in ROLES}
+        name.described.setdefault(key.number, {}).update(deciding)
         for digest in digests.values():
             self._registered.setdefault(digest, False)
 

@@ -52,8 +52,11 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "layout": [{"id": 1, "digest": digest("layout"), "tensors": 0, "parameters": 0, "nbytes": 0}],
     "layout_tensor": [{"layout_id": 1, "position": 0, "name": "t", "dtype": "F32", "shape": ""}],
     "target": [{"layout_id": 1, "module": "m", "kind": "linear", "rank": 0}],
-    "architecture": [{"id": 1, "digest": digest("architecture"), "source_fingerprint": digest("source")}],
-    "module": [{"architecture_id": 1, "path": "m", "kind": "linear"}],
+    "architecture": [
+        {"id": 1, "digest": digest("architecture"), "source_fingerprint": digest("source")}
+        | {"exact": True, "document": "{}"}
+    ],
+    "module": [{"architecture_id": 1, "path": "m", "kind": "linear", "groups": 1}],
     "lora_config": [{"id": 1, "digest": digest("config"), "peft_type": "LORA", "r": 0, "lora_alpha": 1.0}],
     "lora_target": [{"lora_config_id": 1, "target": "q_proj"}],
     "blob": [{"id": 1, "digest": digest("blob"), "size": 0, "state": "present", "layout_id": 1}],
@@ -89,6 +92,8 @@ WRONG: dict[str, list[dict[str, Any]]] = {
     "ck_artifact_counters": [{"last_number": -1}, {"last_seq": -1}],
     "ck_layout_sizes": [{"tensors": -1}, {"parameters": -1}, {"nbytes": -1}],
     "ck_target_rank": [{"rank": -1}],
+    "ck_module_kind_known": [{"kind": "norm"}, {"kind": "Linear"}],
+    "ck_module_groups": [{"groups": 0}],
     "ck_lora_config_r": [{"r": -1}],
     "ck_blob_state_known": [{"state": "gone"}, {"state": ""}],
     "ck_blob_size": [{"size": -1}],

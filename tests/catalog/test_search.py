@@ -65,7 +65,7 @@ def team(
         for room in ("context", "push"):
             patch.setattr(f"registry.operations.{room}.now", lambda: time)
         for name, source, options in pushes:
-            made.push(source, name, **options)
+            made.push(source, name, force=True, **options)  # they are for their fields, and fit nothing
             time += timedelta(hours=2)
         yield made
 

@@ -132,7 +132,7 @@ def test_every_error_exits_with_the_code_of_its_branch(
 
 
 def raising(error: type[RegistryError]) -> object:
-    def row(*_: object) -> None:
+    def row(*_: object, **__: object) -> None:
         raise (error("blob", expected="a", actual="b") if issubclass(error, DigestMismatch) else error("it is so"))
 
     return row
@@ -153,7 +153,7 @@ def raising(error: type[RegistryError]) -> object:
 def test_a_refusal_is_its_message_escaped(
     run: Run, here: Path, monkeypatch: pytest.MonkeyPatch, error: RegistryError, expected: str
 ) -> None:
-    def row(*_: object) -> None:
+    def row(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(list_module, "row", row)
@@ -161,7 +161,7 @@ def test_a_refusal_is_its_message_escaped(
 
 
 def test_a_bug_keeps_its_traceback(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def row(*_: object) -> None:
+    def row(*_: object, **__: object) -> None:
         raise ZeroDivisionError("not a refusal")
 
     monkeypatch.setattr(list_module, "row", row)
@@ -175,7 +175,7 @@ def test_a_bug_keeps_its_traceback(run: Run, here: Path, monkeypatch: pytest.Mon
 
 
 def test_an_interrupt_is_one_line(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def row(*_: object) -> None:
+    def row(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(list_module, "row", row)

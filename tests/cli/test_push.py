@@ -41,7 +41,7 @@ def test_everything_said_at_a_push_is_there_afterwards(run: Run, here: Path, art
     run(
         *("push", artifacts / "nan", "walk/new", "--base", "walk/base:v1", "--continued-from", "walk/perturb@1"),
         *("--meta", "robot=a=b", "--meta", "seed=3", "--metric", "reward=-inf", "--metric", "loss=.5", "--step", "7"),
-        *("-m", "why not"),
+        *("-m", "why not", "--force"),
     )
     shown = run("show", "walk/new", "--json").json
     assert shown["metadata"] == {"robot": "a=b", "seed": 3}

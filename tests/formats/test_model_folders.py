@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from registry import Registry
 from registry.core.canonical_json import parse_json
 from registry.core.errors import InvalidInput, MalformedTensors, NotStored
+from registry.core.model_form import ROLE, read_model_form
+from registry.formats.live_names import NoLiveNames
 from registry.formats.model_folders import (
     ModelComponent,
     ModelFolder,
@@ -358,6 +360,30 @@ def old_attention() -> dict[str, torch.Tensor]:
     return {f"mid.attention.{name}.weight": torch.eye(4) for name in ("query", "key", "value", "proj_attn")}
 
 
+def test_the_library_is_asked_once_and_only_when_something_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def count(config: object, tensors: object) -> NoLiveNames:
+        asked.append(config)
+        return NoLiveNames("not today")
+
+    monkeypatch.setattr("registry.formats.model_source.live_names", count)
+    with read_path(save_model("llama", tmp_path)) as source:
+        assert (set(source.described_later), asked) == ({"live_names", ROLE}, [])
+        assert source.described_later["live_names"]().notes == ("no map to the live names of the model: not today",)
+        assert source.described_later[ROLE]() == (None, ())
+        assert len(asked) == 1
+
+
+def test_a_pipeline_and_a_model_of_diffusers_have_no_form(tmp_path: Path) -> None:
+    save_model("clip text", tmp_path / "text_encoder")
+    (tmp_path / "model_index.json").write_text(json.dumps({"text_encoder": ["transformers", "CLIPTextModel"]}))
+    with read_path(tmp_path) as source:
+        assert set(source.described_later) == {"live_names"}
+
+
 def test_without_attachments_what_is_needed_to_load_is_kept(registry: Registry, tmp_path: Path) -> None:
     folder = save_model("llama", tmp_path / "model", shards_of="8KB")
     pushed = registry.push(folder, "walk/base", attachments=False)
@@ -380,6 +406,11 @@ def test_a_folder_of_sentence_transformers_is_a_transformers_folder(registry: Re
         document = source.described_later["live_names"]().data
         assert document is not None
         assert parse_json(document)["components"]["model"]["class"] == "BertModel"
+        modules = source.described_later[ROLE]().data
+        assert modules is not None
+        form = read_model_form(modules, "it")
+        assert form.class_name == "transformers.models.bert.modeling_bert.BertModel"
+        assert form.by_path["encoder.layer.5.attention.self.query"].out_features == 384
     pushed = registry.push(folder, "walk/minilm", external=True)
     assert pushed.bytes_new < 2_000_000
     with pytest.raises(NotStored):
@@ -389,7 +420,7 @@ def test_a_folder_of_sentence_transformers_is_a_transformers_folder(registry: Re
 def test_without_a_map_the_push_says_why(registry: Registry, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
-    save_file({"w": torch.ones(2)}, folder / SAFE)
+    save_file({"w": torch.ones(2, dtype=torch.bfloat16)}, folder / SAFE)  # of float32 rounded digests would be kept
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
     (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoModel": "own.Model"}}))
     (note,) = registry.push(folder, "walk/own").notes

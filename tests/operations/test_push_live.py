@@ -479,7 +479,7 @@ def test_a_tied_embedding_is_stored_once_and_both_names_come_back(registry: Regi
     pushed = registry.push(model, "walk/tied", probe=False)
     size = model.lm_head.weight.numel() * 4
     assert pushed.bytes_total > 2 * size
-    assert size < pushed.bytes_new < pushed.bytes_total - 0.99 * size
+    assert size < pushed.bytes_new < pushed.bytes_total - 0.95 * size
     registry.pull("walk/tied", tmp_path / "tied.safetensors")
     pulled = load_file(tmp_path / "tied.safetensors")
     assert pulled.keys() == model.state_dict().keys()

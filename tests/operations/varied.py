@@ -34,12 +34,14 @@ def fill(registry: Registry, folder: Path) -> None:
 
 def adapters(registry: Registry, folder: Path) -> None:
     base = folder / "base.safetensors"
-    base.write_bytes(safetensors_bytes({"q.weight": floats(64, 64), "v.weight": floats(64, 64, seed=1)}))
+    square = {"q.weight": floats(16, 16), "v.weight": floats(16, 16, seed=1)}
+    base.write_bytes(safetensors_bytes({**square, "big": floats(64, 64)}))
     registry.push(base, "walk/base:v1", metadata={"robot": "a1"}, message="the base")
     first = peft_folder(folder / "first")
     registry.push(first, "walk/perturb:prod", base="walk/base", metrics={"reward": 1.5, "loss": math.nan}, step=10)
     odd = {**CONFIG, "rank_pattern": {"v": 4, "q": 4}, "odd_key": 1.0, "peft_version": "0.18.0"}
-    registry.push(peft_folder(folder / "odd", odd), "walk/perturb", base="walk/base", continued_from="walk/perturb@1")
+    odd_folder = peft_folder(folder / "odd", odd)
+    registry.push(odd_folder, "walk/perturb", base="walk/base", continued_from="walk/perturb@1", force=True)
     nan = adapter_tensors(seed=3)
     name = next(iter(nan))
     nan[name] = (nan[name][0], nan[name][1], b"\0\0\xc0\x7f" + nan[name][2][4:])
