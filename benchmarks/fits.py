@@ -5,7 +5,8 @@
 Two bases of `synthetic_catalog.py`: a 7B Llama's 225 linear modules (a fifth of the adapters fits it) and a small one;
 each once as a version, whose modules are in the catalog, and once as a model at hand, whose modules go along with the
 question. Then a model at hand with 60,000 modules. SQLite is asked without ANALYZE; PostgreSQL is a server of its own
-from the wheel, where none is named, and with the statistics that its autovacuum makes.
+from the wheel, where none is named, and after VACUUM ANALYZE, as its autovacuum leaves it. The goal is of the plain
+question.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def measure(connection: Connection, seconds: float) -> bool:
                 count = len(whole(connection, form, form_id, search))
                 cells = "".join(f"{one:{width}.1f}" for one, width in zip(times, (8, 9, 8, 9), strict=True))
                 print(f"{name + where + more:34}{cells}{count:7}", flush=True)
-                slow = slow or (form is not large and times[0] > GOAL_MS)
+                slow = slow or (form is not large and more == "" and times[0] > GOAL_MS)
     return slow
 
 
@@ -129,7 +130,7 @@ def main() -> None:
     with server(options.server) as url:
         database = filled(url, options.versions)
         with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            connection.execute(text("ANALYZE"))
+            connection.execute(text("VACUUM ANALYZE"))
         with database.reading() as connection:
             print(f"PostgreSQL {connection.scalar(text('SHOW server_version'))}")
             slow.append(measure(connection, options.seconds))

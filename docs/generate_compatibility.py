@@ -62,7 +62,14 @@ def _reproduced(one: Any, rows: list[dict[str, Any]]) -> list[str]:
     lines = [f"To reproduce: {' '.join(how.split())}"] if how.strip() else []
     if rows:
         first = rows[0]
-        lines += ["", "```text", *_wrapped("registry", f"{one.code} {first['says']}"), *_wrapped("PEFT", first["peft"])]
+        lines += [
+            "",
+            f"With {first['fault']}:",
+            "",
+            "```text",
+            *_wrapped("registry", f"{one.code} {first['says']}"),
+            *_wrapped("PEFT", first["peft"]),
+        ]
         lines += ["```"]
     return lines
 
@@ -102,7 +109,7 @@ def _table(matrix: dict[str, Any]) -> str:
 
 def _cell(text: str) -> str:
     """Text that stands in a table as it is: nothing in it is markup."""
-    for mark in "\\|*_<[":
+    for mark in "\\`|*_<[":
         text = text.replace(mark, f"\\{mark}")
     return text
 

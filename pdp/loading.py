@@ -137,8 +137,8 @@ def _with_mask_of(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) 
     return found
 
 
-_COMPARED_BY_FIT = frozenset({"C05", "C06", "C08", "C09", "C10", "C12", "C13", "C23"})
-"""What `fit` and the LoRA settings compare themselves, tensor by tensor."""
+_COMPARED_BY_FIT = frozenset({"C05", "C06", "C08", "C09", "C10", "C12", "C13", "C23", "C24", "C29"})
+"""What is compared here, tensor by tensor and argument by argument; and a LoRA takes the place of its own."""
 
 
 def checked_first(checkpoint: Checkpoint, model: nn.Module, *, strict: bool) -> list[Finding]:
@@ -153,7 +153,7 @@ def checked_first(checkpoint: Checkpoint, model: nn.Module, *, strict: bool) -> 
     if not isinstance(checkpoint, RegistryCheckpoint) or checkpoint.kind != "adapter":
         return []
     found = checkpoint.registry.check(checkpoint.reference, model, prove=False)
-    errors = [one for one in found.errors if one.code not in _COMPARED_BY_FIT and one.code != "C24"]
+    errors = [one for one in found.errors if one.code not in _COMPARED_BY_FIT]
     if strict:
         return errors
     for error in errors:

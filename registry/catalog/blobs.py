@@ -141,6 +141,15 @@ def read_layout(connection: Connection, layout_id: int) -> Layout:
     )
 
 
+def hold_blobs(connection: Connection, blobs: Iterable[NewBlob]) -> None:
+    """Keeps `gc` from those of these blobs that have a row, until the transaction ends; all in the order of their
+    digests, in which it takes them too."""
+    for batch in batches(sorted({one.digest for one in blobs})):
+        # An external one may yet be filled, and two who hold it would then wait for each other.
+        rows = select(blob.c.id).where(blob.c.digest.in_(batch), blob.c.state != "external")
+        connection.execute(rows.order_by(blob.c.digest).with_for_update(read=True))
+
+
 def register_blobs(
     connection: Connection, blobs: Iterable[NewBlob], layout_ids: Mapping[str, int], at: datetime
 ) -> dict[str, int]:

@@ -13,7 +13,7 @@ import rfc8785
 from sqlalchemy import Connection, insert
 
 from registry.catalog import tables
-from registry.catalog.blobs import NewBlob, register_blobs, register_layouts
+from registry.catalog.blobs import NewBlob, hold_blobs, register_blobs, register_layouts
 from registry.catalog.conditions import version_order
 from registry.catalog.lineage import add_edges, references
 from registry.catalog.names import LockedName
@@ -48,6 +48,8 @@ class NewVersion:
             event of the first program, which recorded neither this nor the origin.
         origin: where the artifact came from, as far as that is known.
         moved: where its bytes lie, if a later event of the journal says something else than `placement`.
+        beside: blobs that are about to describe it. They are held with its own before anything is registered, so that
+            all are locked in the order of their digests, as `gc` does it.
         purged: `gc` took its bytes; of its blobs only the manifest and the layouts are needed.
     """
 
@@ -70,6 +72,7 @@ class NewVersion:
     created_at: datetime
     moved: Placement | None = None
     purged: bool = False
+    beside: Sequence[NewBlob] = ()
 
     @property
     def main(self) -> str | None:
@@ -101,6 +104,7 @@ def insert_version(name: LockedName, new: NewVersion) -> VersionKey:
     # Shared rows first and in the order of their digests, so that two pushes never wait for each other in a ring.
     layout_ids = register_layouts(connection, _layouts(new))
     config_id = _register_config(connection, new)
+    hold_blobs(connection, [*new.blobs, *new.beside])
     blob_ids = register_blobs(connection, new.blobs, layout_ids, at)
     hold_present(connection, [parent_id for _, parent_id, _ in new.parents] + ([new.base_id] if new.base_id else []))
     number = name.next_number()
@@ -169,6 +173,7 @@ def put_back(name: LockedName, version: VersionKey, new: NewVersion) -> Event | 
     """
     at = name.time_of_event(new.created_at)
     layout_ids = register_layouts(name.connection, _layouts(new))
+    hold_blobs(name.connection, [*new.blobs, *new.beside])
     blob_ids = register_blobs(name.connection, new.blobs, layout_ids, at)
     placement = new.placement.to_json()
     event = restore(name, version, actor=new.created_by, at=at, why=PUSHED_AGAIN, placement=placement)

@@ -241,11 +241,10 @@ def _push_once(
             if stored is None:
                 raise InUse(f"{request.namespace}/{request.name} changed during the push; push again")
             new = _new_version(source, described, stored, ancestry, request, environment)
-            version = insertion.insert_version(name, new)
+            version = insertion.insert_version(name, replace(new, beside=tuple(descriptions.values())))
         elif stored is not None:
-            back = insertion.put_back(
-                name, version, _new_version(source, described, stored, ancestry, request, environment)
-            )
+            new = _new_version(source, described, stored, ancestry, request, environment)
+            back = insertion.put_back(name, version, replace(new, beside=tuple(descriptions.values())))
         elif removal.states(connection, [version.id])[version.id] == "purged":
             raise InUse(f"{request.namespace}/{request.name} changed during the push; push again")
         else:

@@ -207,6 +207,8 @@ class _Replay:
             words = error.orig if isinstance(error, IntegrityError) else error
             why = shown(str(words).splitlines()[0], 500)
             self._done.stops.append(Stop(name.history.reference, event.seq, event.version, why))
+            self._forms.clear()  # rows that were registered for this event went with it
+            self._read_forms.clear()
             if before is None:
                 name.locked = None
             elif name.locked is not None:

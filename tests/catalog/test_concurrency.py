@@ -60,8 +60,8 @@ def test_numbers_have_no_gaps_when_eight_processes_push_to_one_name(
     assert {version.metadata["file"] for version in found} == {file.name for file in files}
     for worker, given in enumerate(numbers):
         assert [found[number - 1].metadata["file"] for number in given] == [f.name for f in files[worker::PROCESSES]]
-    # A push, its metadata, and the tag, which moves at each.
-    assert complete(registry, "team/walk") == 3 * PROCESSES * PUSHES
+    # A push, what describes it, its metadata, and the tag, which moves at each.
+    assert complete(registry, "team/walk") == 4 * PROCESSES * PUSHES
     moves = [event for event in registry.events("team/walk") if event.kind == "tag_moved"]
     assert [move.payload["from"] for move in moves] == [None, *range(1, PROCESSES * PUSHES)]
     assert registry.get("team/walk:newest").version == registry.get("team/walk").version == PROCESSES * PUSHES

@@ -72,7 +72,7 @@ def test_what_only_the_weights_know_is_found_again(tmp_path: Path) -> None:
     root = tmp_path / "registry"
     with Registry.init(root) as made:
         made.push({"good": torch.ones(3), "bad": torch.tensor([1.0, float("nan")])}, "walk/nan")
-        (event,) = made.events("walk/nan")
+        (event, *_) = made.events("walk/nan")
         registry_id = made.id
     payload = {key: value for key, value in event.payload.items() if key not in ("nonfinite", "origin")}
     path = root / "journal" / "walk" / "nan" / "1.json"

@@ -39,6 +39,10 @@ def transposed(tensor: Tensor) -> Tensor:
     return tensor.transpose(0, 1).contiguous()
 
 
+def all_transposed(folder: Path) -> None:
+    edit_tensors(folder, lambda name, tensor: (name, transposed(tensor)))
+
+
 def with_nan(tensor: Tensor) -> Tensor:
     broken = tensor.clone()
     broken.flatten()[0] = float("nan")
@@ -142,9 +146,7 @@ def plain_algebra(fault: Fault, trained: Trained) -> str:
                 path = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
                 b = tensors[name.replace("lora_A", "lora_B")]
                 base.get_submodule(path).weight.add_(2 * b @ a)  # type: ignore[operator]
-    return outcome(
-        fault, told(lambda: base), trained.output, None, "loads it right; added to the plain base, says nothing"
-    )
+    return outcome(fault, told(lambda: base), trained.output, None, "adds to the plain base")
 
 
 def merges_eight_bits(fault: Fault, trained: Trained) -> str:

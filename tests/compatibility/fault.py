@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.compatibility import models
-from tests.compatibility.adapters import Loaded, adapt, first_line, load, save, told
+from tests.compatibility.adapters import Loaded, adapt, first_line, load, save, seed_of, told
 
 Says = Literal["error", "undecided", "warning", "info"]
 VERDICTS = {"error": "does not fit", "undecided": "undecided", "warning": "fits", "info": "fits"}
@@ -84,7 +84,7 @@ class Fault:
         if self.made is not None:
             trained = self.made(folder)
         else:
-            adapted = adapt(self.trained_on(), **self.options)
+            adapted = adapt(self.trained_on(), seed=seed_of(self.slug), **self.options)
             trained = self.output(adapted)
             save(adapted, folder)
         for name, text in self.files[1].items():

@@ -15,6 +15,7 @@ from tests.compatibility import models
 from tests.compatibility.adapters import adapt, drop, edit_config, rename
 from tests.compatibility.breaking import (
     PREFIX,
+    all_transposed,
     edit_first,
     ia3,
     kohya,
@@ -150,7 +151,8 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault("C07", "Llama's names in GPT-2", "gpt2", "error", _LLAMA, _sized("llama"), asked=_sized("gpt2")),
     Fault("C08", "a base half as wide", "towers", "error", _QV, asked=_sized("towers", width=16)),
-    Fault("C08", "a transposed A", "llama", "error", _LLAMA, breaks=_first("lora_A", transposed)),
+    Fault("C08", "transposed A and B", "llama", "error", _LLAMA, breaks=all_transposed),
+    Fault("C09", "a transposed A", "llama", "error", _LLAMA, breaks=_first("lora_A", transposed)),
     Fault("C09", "another r in the configuration", "towers", "error", _QV, breaks=_set(r=16)),
     Fault("C09", "another rank_pattern", "bert", "error", _BERT, breaks=_set(rank_pattern={"query": 2})),
     Fault("C10", "alpha edited", "towers", "undecided", _QV, breaks=_set(lora_alpha=16), before=True),
@@ -177,7 +179,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("C20", "a body for a task", "llama", "error", _QV, _body, breaks=_set(task_type="CAUSAL_LM"), only="live"),
     Fault("C21", "merged into float8", "llama", "error", _LLAMA, asked=_eight, purpose="merge", does=merges_eight_bits),
     Fault("C22", "PiSSA, merged elsewhere", "towers", "error", _QV | _PISSA, purpose="merge", does=plain_algebra),
-    Fault("C22", "PiSSA", "towers", "warning", _QV | _PISSA),
+    Fault("C22", "PiSSA, into a slot", "towers", "error", _QV | _PISSA, purpose="hotswap", does=swaps),
     Fault("C23", "two adapters in one file", "towers", "error", _QV, made=two_in_one_file),
     Fault("C23", "a module that is called weight", "towers", "warning", {"target_modules": ["weight"]}, _named),
     Fault("C23", "a module called lora_head", "towers", "warning", {"target_modules": ["lora_head"]}, _named),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from tests.compatibility.adapters import adapt
+from tests.compatibility.adapters import adapt, seed_of
 from tests.compatibility.models import fresh
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,7 +37,7 @@ class Pair:
 
     def make(self) -> PeftModel:
         """A trained adapter on a fresh model."""
-        return adapt(fresh(self.model, DTYPES[self.dtype]), **self.options)
+        return adapt(fresh(self.model, DTYPES[self.dtype]), seed=seed_of(self.slug), **self.options)
 
 
 # Targets that every variant below is tried on, and of each model a few more.

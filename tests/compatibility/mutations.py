@@ -113,7 +113,9 @@ def no_number(config: Config, tensors: Tensors, pick: int) -> None:
 
 
 def zero_b(config: Config, tensors: Tensors, pick: int) -> None:
-    """All of them: a single one could be that of a module which never learnt."""
+    """All of them, where there is nothing else: a single one could be that of a module which never learnt."""
+    if not all("lora_A" in name or "lora_B" in name or "lora_embedding" in name for name in tensors):
+        return
     for name in tensors:
         if "lora_B" in name or "lora_embedding_B" in name:
             tensors[name] = torch.zeros_like(tensors[name])

@@ -26,9 +26,9 @@ NEAR = "03cb1058ced591ca0cd2856ecda8b1d0fb77ba318a41bb95cf5b796893960f15"
 FULL = Path("journal/walk/full/1.json")
 RUN = Path("journal/walk/run/1.json")
 FAR = Path("journal/walk/far/1.json")
-APART = Path("journal/walk/far/2.json")
+APART = Path("journal/walk/far/3.json")
 PERTURB = Path("journal/walk/perturb")
-PURGED = Path("journal/walk/gone/3.json")
+PURGED = Path("journal/walk/gone/4.json")
 
 
 def write(path: Path, data: bytes) -> None:

@@ -344,7 +344,7 @@ EXTRA = {
     "layout": "INSERT INTO layout VALUES (900, randomblob(32), 0, 0, 0)",
     "layout_tensor": "INSERT INTO layout_tensor SELECT id, 99, 'x', 'F32', '' FROM layout LIMIT 1",
     "target": "INSERT INTO target SELECT layout_id, 'x', kind, 1, 1, 1 FROM target LIMIT 1",
-    "architecture": "INSERT INTO architecture VALUES (900, randomblob(32), NULL, NULL)",
+    "module": "INSERT INTO module SELECT id, 'x', 'linear', 1, 1, 0, NULL, 1, 1, 1 FROM architecture LIMIT 1",
     "lora_config": "INSERT INTO lora_config (id, digest, peft_type) VALUES (900, randomblob(32), 'LORA')",
     "lora_target": "INSERT INTO lora_target SELECT id, 'x' FROM lora_config LIMIT 1",
     "blob": "INSERT INTO blob VALUES (900, randomblob(32), 0, 'present', NULL, 1)",

@@ -247,7 +247,7 @@ def test_shards_of_a_base_can_be_left_out_as_well(registry: Registry, target: Re
     (folder / "first.safetensors").write_bytes(save({"w0": tensors["w0"], "w1": tensors["w1"]}))
     registry.push(folder / "first.safetensors", "walk/first")  # so that a shard is stored as a header
     push_source(registry, shards(folder, tensors), "walk/shards")
-    registry.push({"w0.lora_A.weight": torch.ones(2, 2)}, "walk/small", base="walk/shards")
+    registry.push({"w0.lora_A.weight": torch.ones(2, 2)}, "walk/small", base="walk/shards", force=True)
     registry.export("walk/small", to=tmp_path / "b", no_base=True)
     target.import_(tmp_path / "b")
     assert target.show("walk/shards").contents.external
@@ -268,7 +268,7 @@ def test_an_external_version_cannot_be_asked_for(registry: Registry, target: Reg
     registry.push(tmp_path / "base.safetensors", "walk/base", external=True)
     with pytest.raises(NotStored, match=r"walk/base@1 is recorded without its bytes"):
         registry.export("walk/base", to=tmp_path / "b")
-    registry.push({"w.lora_A.weight": torch.ones(2, 2)}, "walk/small", base="walk/base")
+    registry.push({"w.lora_A.weight": torch.ones(2, 2)}, "walk/small", base="walk/base", force=True)
     assert [one.external for one in registry.export("walk/small", to=tmp_path / "b").versions] == [True, False]
     assert [one.external for one in target.import_(tmp_path / "b").versions] == [True, False]
     origin = target.events("walk/base")[0].payload["origin"]
