@@ -90,7 +90,7 @@ def place(
     """
     if form is None:
         return Placing(())
-    order = [layer for first, end in replication for layer in range(first, min(end, first + _MOST_LAYERS))]
+    order = layer_order(replication)
     placed = tuple(_place(target, _of_layer(target.module, order), form) for target in targets)
     missing = [one.target for one in placed if one.fault == "module" and one.target.kind != "full"]
     if not missing:
@@ -101,6 +101,11 @@ def place(
         shifted = tuple(_place(target, _shifted(target.module, shift), form) for target in targets)
         return Placing(shifted, shift, by_family=True)
     return Placing(placed, shift)
+
+
+def layer_order(replication: Sequence[tuple[int, int]]) -> list[int]:
+    """Which layer of the base each replicated layer is a copy of."""
+    return [layer for first, end in replication for layer in range(first, min(end, first + _MOST_LAYERS))]
 
 
 def _of_layer(path: str, order: Sequence[int]) -> str:

@@ -3,11 +3,13 @@ tensors."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
 from registry.compat.case import Case
 from registry.compat.peft_versions import dropped_keys, fused_expert_layout, parse_peft, type_known
 from registry.compat.rule import rule
+from registry.compat.rules_model import changed_modules
 from registry.core.adapter_config import config_findings
 from registry.core.adapter_names import pattern_paths
 from registry.core.content_digest import PLAIN_INITS
@@ -17,6 +19,8 @@ from registry.core.peft_keys import CONFIG_KEYS, KNOWN_PEFT
 from registry.core.reference import shown
 
 _MOST_KEYS = 500
+_STACK = re.compile(r"(^|\.)(layers|encoder\.layer|h)\.[0-9]+\.")
+"""Where PEFT finds the layers that it replicates."""
 
 
 @rule("C01", "The tuner is known", "error")
@@ -183,7 +187,9 @@ def plain_init(case: Case) -> Iterator[Finding]:
 
 def _is_own_base(case: Case) -> bool:
     trained, asked = case.adapter.weights, None if case.model is None else case.model.weights
-    return trained is not None and asked is not None and trained.reference == asked.reference
+    if trained is None or asked is None:
+        return False
+    return trained.reference == asked.reference or set(changed_modules(trained, asked).values()) == {"same"}
 
 
 @rule("C23", "Names are unambiguous", "error where two adapters are mixed; else warning")
@@ -196,7 +202,10 @@ def plain_names(case: Case) -> Iterator[Finding]:
     """
     yield from (one for one in case.adapter.read if one.code == "C23")
     for target in case.adapter.targets:
-        bad = next((one for one in target.module.split(".") if one.startswith("lora_") or one == "weight"), None)
+        segments = target.module.split(".")
+        if target.kind.startswith("parameter"):
+            segments.pop()  # the parameter itself may have any name
+        bad = next((one for one in segments if one.startswith("lora_") or one == "weight"), None)
         if bad is not None:
             message = "PEFT may take a part of this path for its own"
             yield Finding("C23", "warning", target.module, message, "other names", bad, "rename the module")
@@ -218,7 +227,7 @@ def one_bias(case: Case) -> Iterator[Finding]:
         yield Finding("C24", "error", "bias", message, "none", shown(str(config.bias), 80), "use it alone, unmerged")
 
 
-@rule("C25", "Layers are not replicated", "error for merge and hotswap")
+@rule("C25", "Layers are not replicated", "error for merge and hotswap, and where PEFT cannot")
 def no_replication(case: Case) -> Iterator[Finding]:
     """`layer_replication` builds a deeper model out of a base's layers, each copy with its own LoRA and one shared
     weight. Merged into that weight, the copies add up: PEFT merges silently, and wrongly.
@@ -226,7 +235,13 @@ def no_replication(case: Case) -> Iterator[Finding]:
     Reproduce: `layer_replication=[[0, 2], [1, 3]]`, train, `merge_and_unload`.
     """
     config = case.adapter.config
-    if config is None or not config.layer_replication or case.purpose == "load":
+    if config is None or not config.layer_replication:
+        return
+    if case.model is not None and case.model.form.exact and not any(map(_STACK.search, case.model.form.by_path)):
+        message = "PEFT replicates layers of models that are built like Llama, BERT or Falcon alone"
+        found = shown(case.model.form.class_name or case.model.reference, 120)
+        yield Finding("C25", "error", "layer_replication", message, "layers, encoder.layer or h", found, "leave it out")
+    if case.purpose == "load":
         return
     pairs = str([list(pair) for pair in config.layer_replication])
     message = "several LoRAs share one weight of the base"
@@ -241,3 +256,16 @@ def compared_tuner(case: Case) -> Iterator[Finding]:
     if config is not None and config.peft_type != "LORA" and config.peft_type in CONFIG_KEYS:
         message = "the targets of this tuner are not compared with the model"
         yield Finding("C31", "undecided", "peft_type", message, "LORA", config.peft_type, "load it into the model")
+
+
+@rule("C33", "PEFT takes these options together", "error")
+def options_together(case: Case) -> Iterator[Finding]:
+    """Some options exclude each other: with `target_parameters` the factors are added to the weight before it is
+    used, and there is no place for a dropout. PEFT raises a ValueError when the adapter is made.
+
+    Reproduce: `target_parameters=["experts.down_proj"]`, and `lora_dropout` 0.1 written into adapter_config.json.
+    """
+    config = case.adapter.config
+    if config is not None and config.target_parameters and config.lora_dropout:
+        message = "PEFT takes no dropout with target_parameters"
+        yield Finding("C33", "error", "lora_dropout", message, "0", f"{config.lora_dropout:g}", "write 0")

@@ -41,7 +41,9 @@ def does_something(case: Case) -> Iterator[Finding]:
         if found is not None and found[1] in _FACTORS and not found[2].endswith("bias"):
             factors.setdefault(found[0], []).append(spec.name)
     flags = {flag for target in adapter.targets for flag in target.kind.split("+")[1:]}
-    if not factors or flags & {"dora", "kasa", "lora_bias"}:  # these do something without B as well
+    if not factors or flags & {"dora", "kasa"}:  # these do something without B as well
+        return
+    if any(spec.name.endswith("lora_B.bias") and spec.name not in adapter.zeros for spec in adapter.layout):
         return
     others = any(target.rank == 0 for target in adapter.targets)
     dead = [path for path, names in factors.items() if any(name in adapter.zeros for name in names)]

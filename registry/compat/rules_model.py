@@ -19,6 +19,7 @@ TOKENIZER_FILES = (
     *("chat_template.jinja", "chat_template.json"),
 )
 _GENERATING = {"CAUSAL_LM", "SEQ_2_SEQ_LM"}
+_TASKS = _GENERATING | {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"}
 _IGNORED_ARGUMENTS = frozenset(
     {
         *("_name_or_path", "name_or_path", "transformers_version", "_diffusers_version", "architectures", "dtype"),
@@ -114,12 +115,16 @@ def _graded(case: Case, grades: Mapping[str, str], trained: Weights, asked: Weig
         message = f"the weights of {what} cannot be compared ({shown(dtypes, 80)})"
         mend = "push the base that the other one was cast from"
         yield Finding("C04", "undecided", "base", message, *both, mend)
-    elif others := [name for name, grade in grades.items() if grade in ("different", "unknown")]:
+    elif others := [name for name, grade in grades.items() if grade == "different"]:
         message = f"same weights at the targets; {len(others)} other tensors differ, so outputs will: {_named(others)}"
         yield Finding("C04", "warning", "base", message, *both)
     elif lacking := _lacking(case, trained, asked):
         message = f"same weights at the targets; one of the two lacks {len(lacking)} tensors: {_named(lacking)}"
         yield Finding("C04", "warning", "base", message, *both)
+    elif "unknown" in grades.values():
+        others = [name for name, grade in grades.items() if grade == "unknown"]
+        message = f"same weights at the targets; {len(others)} others are saved in another form: {_named(others)}"
+        yield Finding("C04", "info", "base", message, *both)
     elif "cast" in grades.values():
         yield Finding("C04", "info", "base", "same weights, cast to another dtype", *both)
     else:
@@ -200,11 +205,17 @@ def suits_task(case: Case) -> Iterator[Finding]:
     Reproduce: `task_type="CAUSAL_LM"` with AutoModel in place of AutoModelForCausalLM.
     """
     config, model = case.adapter.config, case.model
-    if config is None or model is None or not model.form.exact or config.task_type not in _GENERATING:
+    if config is None or model is None or not model.form.exact or config.task_type not in _TASKS:
         return
-    if "prepare_inputs_for_generation" in model.form.has:
+    if "config" not in model.form.has:
+        message = f"PEFT asks a model for {config.task_type} for its config, and this class has none"
+        found = shown(model.form.class_name or "a class without it", 120)
+        yield Finding("C20", "error", "task_type", message, "a class with a config", found, "set task_type to null")
+    if config.task_type not in _GENERATING or "prepare_inputs_for_generation" in model.form.has:
         return
-    severity: Severity = "warning" if model.is_version and model.form.prefix else "error"
+    # A body may be loaded with the head that generates; a class with another head is that class.
+    is_body = model.is_version and bool(model.form.prefix) and (model.form.class_name or "").endswith("Model")
+    severity: Severity = "warning" if is_body else "error"
     message = f"PEFT asks a model for {config.task_type} for prepare_inputs_for_generation, which this class has not"
     mend = "load the class with the head, or set task_type to null"
     found = shown(model.form.class_name or "a class without it", 120)

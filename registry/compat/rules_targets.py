@@ -3,24 +3,30 @@ and that the module is one that a LoRA works on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator
 from difflib import get_close_matches
 
 from registry.compat.case import Case
-from registry.compat.placing import Placed, find_shift
+from registry.compat.placing import Placed, layer_order
 from registry.compat.rule import rule
-from registry.compat.target_modules import ALL_LINEAR, targeted
-from registry.core.adapter_names import Target
+from registry.compat.target_modules import ALL_LINEAR, is_targeted, targeted, unsupported
+from registry.core.adapter_config import rank_of
+from registry.core.adapter_names import canonical_name
 from registry.core.findings import Finding, Severity
 from registry.core.model_form import ModelForm, Module
 from registry.core.reference import shown
+from registry.core.tensor_names import split_at_tuner, without_layers
 
 PEFT_PREFIX = "base_model.model."
+PEFT_DEFAULT_R = 8
 FOREIGN_PREFIXES = (
     *("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_", "lycoris_"),
     *("diffusion_model.", "transformer.", "unet.", "text_encoder.", "model.language_model."),
 )
 """What files of other programs begin with; those that end in `_` are kohya's, whose names have no dots."""
+_PART = re.compile(r"\.lora_[AB]\.(?!(?:weight|bias)$)(.*)$")
 _TASK_HEADS = frozenset({"classifier", "score", "qa_outputs", "summary", "pooler"})
 _TOKENS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared")
 
@@ -33,6 +39,8 @@ def lands(case: Case) -> Iterator[Finding]:
     Reproduce: load an adapter of a model with 12 layers into one with 6.
     """
     yield from (one for one in case.adapter.read if one.code == "C05")
+    yield from _not_targeted(case)
+    yield from _of_no_part(case)
     if case.model is None or _is_explained(case):
         return
     form = case.model.form
@@ -52,6 +60,37 @@ def lands(case: Case) -> Iterator[Finding]:
             )
 
 
+def _of_no_part(case: Case) -> Iterator[Finding]:
+    """Names in a folder of PEFT's whose last part PEFT does not know: elsewhere it would be an adapter's name."""
+    if case.adapter.config is None or case.adapter.config.peft_type != "LORA" or not _is_peft_folder(case):
+        return
+    for spec in case.adapter.layout:
+        found = _PART.search(spec.name)
+        if found is not None:
+            message = "PEFT has no LoRA tensor of this name, and would drop it"
+            yield Finding("C05", "error", spec.name, message, "weight or bias", found[1], "rename it")
+
+
+def _is_peft_folder(case: Case) -> bool:
+    return {"adapter_config.json", "adapter_model.safetensors"} <= case.adapter.files.keys()
+
+
+def _not_targeted(case: Case) -> Iterator[Finding]:
+    """Factors of modules that the configuration does not target: PEFT wraps what it targets, and drops the others."""
+    config = case.adapter.config
+    if config is None or config.peft_type != "LORA" or config.document.get("ensure_weight_tying"):
+        return
+    for target in case.adapter.targets:
+        kind = target.kind.partition("+")[0]
+        if not target.rank or kind in ("parameter", "unknown"):
+            continue
+        paths = [target.module] if kind != "attention_out" else [target.module, target.module.rpartition(".")[0]]
+        if all(is_targeted(config, path) is False for path in paths):
+            message = "the configuration does not target this module, so PEFT drops its factors"
+            mend = "correct target_modules, exclude_modules or layers_to_transform"
+            yield Finding("C05", "error", target.module, message, "a targeted module", "none", mend)
+
+
 @rule("C06", "Every targeted module has its tensors", "error")
 def complete(case: Case) -> Iterator[Finding]:
     """A module that the configuration targets has no tensors in the file, or one of A and B is missing. PEFT makes
@@ -66,8 +105,13 @@ def complete(case: Case) -> Iterator[Finding]:
     if config is None or config.peft_type != "LORA":
         return
     yield from _unsaved_copies(case)
-    if model is None or not adapter.targets or _is_all_linear(case):
+    yield from _lacking_tokens(case)
+    yield from _lacking_parts(case)
+    if model is None or not adapter.targets or (_is_all_linear(case) and not model.form.exact):
         return
+    yield from _lacking_parameters(case)
+    yield from _lacking_biases(case)
+    yield from _lacking_copies(case)
     there = {one.path for one in case.placing.placed}
     if case.placing.shift is not None:
         shift = case.placing.shift
@@ -95,6 +139,112 @@ def _unsaved_copies(case: Case) -> Iterator[Finding]:
             yield Finding("C06", "error", shown(name), message, "its tensors", "nothing", "push the whole adapter")
 
 
+def _lacking_parts(case: Case) -> Iterator[Finding]:
+    """Parameters of a copied module that did not come with the copy."""
+    config, model = case.adapter.config, case.model
+    if config is None or model is None or not model.form.exact:
+        return
+    there = {canonical_name(spec.name) for spec in case.adapter.layout}
+    for one in case.placing.placed:
+        if not one.target.kind.startswith("full") or one.module is None:
+            continue
+        if not any(_within(one.module.path, name) for name in config.modules_to_save):
+            continue
+        for parameter in one.module.parameters:
+            if f"{one.target.module}.{parameter.name}" not in there and parameter.name in ("weight", "bias"):
+                message = f"modules_to_save copies this module, and its {parameter.name} did not come with the adapter"
+                yield Finding("C06", "error", one.path, message, parameter.name, "nothing", "push the whole adapter")
+
+
+def _lacking_tokens(case: Case) -> Iterator[Finding]:
+    config = case.adapter.config
+    tokens = None if config is None else config.trainable_token_indices
+    if not tokens:
+        return
+    rows = {
+        found[0]: spec.shape[0]
+        for spec in case.adapter.layout
+        if (found := split_at_tuner(canonical_name(spec.name))) is not None
+        and found[1] == "trainable_tokens_delta"
+        and spec.shape
+    }
+    for name, indices in (tokens if isinstance(tokens, dict) else {"": tokens}).items():
+        there = [count for path, count in rows.items() if not name or f".{_bare(path)}".endswith(f".{name}")]
+        what = name or "trainable_token_indices"
+        if not there:
+            message = "the configuration trains tokens of this embedding, and the adapter has none of them"
+            yield Finding("C06", "error", what, message, f"{len(indices)} rows", "nothing", "push the whole adapter")
+        elif len(indices) not in there:
+            message = "as many rows as trainable_token_indices has numbers"
+            yield Finding("C06", "error", what, message, str(len(indices)), str(there[0]), "correct the numbers")
+
+
+def _lacking_parameters(case: Case) -> Iterator[Finding]:
+    """Modules of which `target_parameters` names more than the adapter has factors for."""
+    config, model = case.adapter.config, case.model
+    if config is None or model is None or not config.target_parameters or not model.form.exact:
+        return
+    have = Counter(
+        _bare(one.module.path) for one in case.placing.placed if one.module and one.target.kind.startswith("parameter")
+    )
+    for module in model.form.modules:
+        wanted = [
+            one.name
+            for one in module.parameters
+            if any(f".{module.path}.{one.name}".endswith(f".{name}") for name in config.target_parameters)
+        ]
+        if len(wanted) > have[module.path]:
+            message = "target_parameters names these parameters, and the adapter has not a LoRA for each"
+            found = f"{have[module.path]} of {len(wanted)}"
+            yield Finding("C06", "error", module.path, message, ", ".join(wanted), found, "push the whole adapter")
+
+
+def _lacking_copies(case: Case) -> Iterator[Finding]:
+    """Copies of a replicated layer that have no factors, beside others that have."""
+    config = case.adapter.config
+    if config is None or not config.layer_replication:
+        return
+    order = layer_order(config.layer_replication)
+    paths = {one.module for one in case.adapter.targets if one.rank}
+    for path in sorted(paths):
+        segments = path.split(".")
+        at = next((at for at, segment in enumerate(segments) if segment.isdecimal() and len(segment) < 7), None)
+        if at is None or int(segments[at]) >= len(order):
+            continue
+        of = order[int(segments[at])]
+        for copy in (number for number, layer in enumerate(order) if layer == of):
+            other = ".".join([*segments[:at], str(copy), *segments[at + 1 :]])
+            if other not in paths:
+                message = "a copy of a layer whose other copy has factors, and the adapter has none for it"
+                yield Finding("C06", "error", other, message, "A and B", "nothing", "push the whole adapter")
+
+
+def _lacking_biases(case: Case) -> Iterator[Finding]:
+    """Biases that `bias` says were trained, and that did not come with the adapter."""
+    config, model = case.adapter.config, case.model
+    if config is None or model is None or not model.form.exact or config.bias not in ("all", "lora_only"):
+        return
+    brought = {
+        one.path for one in case.placing.placed if {"full", "bias", "base_bias"} & set(one.target.kind.split("+"))
+    }
+    if not any({"bias", "base_bias"} & set(one.target.kind.split("+")) for one in case.placing.placed):
+        return  # then all are the base's own, whatever the configuration says
+    factors = {one.path for one in case.placing.placed if one.target.rank}
+    for module in model.form.modules:
+        if module.parameter("bias") is None or module.path in brought or module.tied_to is not None:
+            continue
+        if config.bias == "lora_only" and module.path not in factors:
+            continue
+        if any(_within(module.path, name) for name in config.modules_to_save) or module.kind == "attention":
+            continue
+        message = f"bias is {config.bias}, and the adapter has no bias for this module"
+        yield Finding("C06", "error", module.path, message, "its bias", "nothing", "push the whole adapter")
+
+
+def _bare(path: str) -> str:
+    return ".".join(without_layers(path.split(".")))
+
+
 def _within(path: str, name: str) -> bool:
     """Whether a path is the named module, or in it; PEFT compares the ends of names."""
     return f".{name}." in f".{path}."
@@ -114,6 +264,9 @@ def targets_something(case: Case) -> Iterator[Finding]:
     if wanted is None and config.target_modules is not None and not _is_all_linear(case):
         message = "target_modules is an expression that is not evaluated, so what it matches is not known"
         yield Finding("C07", "undecided", "target_modules", message, "a module", "unknown", "name the modules plainly")
+    if config.target_modules is None:
+        message = "the configuration names no targets, so PEFT takes those that it knows for the model's type"
+        yield Finding("C07", "undecided", "target_modules", message, "names", "nothing", "write target_modules")
     if wanted is None or wanted or config.target_modules is None:
         return
     names = config.target_modules
@@ -138,7 +291,7 @@ def sizes(case: Case) -> Iterator[Finding]:
     if case.model is None or _is_explained(case):
         return
     for one in case.placing.of_fault("sizes"):
-        if (not one.target.rank and one.target.kind.startswith("full")) or _is_vocabulary(one):
+        if one.target.kind.startswith("full") or _is_vocabulary(one) or _is_widened(case, one):
             continue
         mend = "this is not the base that the adapter was trained on, or not in this size"
         yield Finding(
@@ -147,13 +300,20 @@ def sizes(case: Case) -> Iterator[Finding]:
 
 
 @rule("C09", "Ranks are those of the tensors", "error")
-def ranks(case: Case) -> Iterable[Finding]:
+def ranks(case: Case) -> Iterator[Finding]:
     """`r` and `rank_pattern` say how large A and B are made; tensors of another rank do not go in, and PEFT raises a
     RuntimeError for each.
 
     Reproduce: set `r` to 16 in the configuration of an adapter of rank 8.
     """
-    return (one for one in case.adapter.read if one.code == "C09")
+    yield from (one for one in case.adapter.read if one.code == "C09")
+    config = case.adapter.config
+    if config is None or config.peft_type != "LORA" or config.r is not None:
+        return
+    for target in case.adapter.targets:
+        if target.rank not in (0, PEFT_DEFAULT_R) and rank_of(config, target.module) is None:
+            message = "the configuration has no r, and PEFT's default is 8"
+            yield Finding("C09", "error", target.module, message, str(target.rank), "8", f"write r: {target.rank}")
 
 
 @rule("C13", "modules_to_save are in the model, in these shapes", "error; info where the task brings the head")
@@ -244,6 +404,13 @@ def layer_kinds(case: Case) -> Iterator[Finding]:
     if model is None or _is_explained(case):
         return
     form = model.form
+    if config is not None and config.peft_type == "LORA" and form.exact and not _is_all_linear(case):
+        for path in unsupported(config, form):
+            message = "target_modules matches it, and PEFT has no LoRA for a module of this kind"
+            mend = "name the layers in it, or leave it out with exclude_modules"
+            there = form.by_path.get(path)
+            found = "a module that holds others" if there is None else _kind(there)
+            yield Finding("C18", "error", path, message, "a linear, convolution or embedding", found, mend)
     wrapped = {one.target.module for one in case.placing.placed}
     for one in case.placing.placed:
         module = one.module
@@ -324,14 +491,14 @@ def prefixes(case: Case) -> Iterator[Finding]:
 
 def _foreign_names(case: Case) -> Iterator[Finding]:
     adapter = case.adapter
-    if adapter.config is None or not {"adapter_config.json", "adapter_model.safetensors"} <= adapter.files.keys():
+    if adapter.config is None or not _is_peft_folder(case):
         return
     names = [spec.name for spec in adapter.layout if ".lora_" in spec.name or spec.name.startswith("lora_")]
-    wrong = [name for name in names if not name.startswith(PEFT_PREFIX)]
+    wrong = [name for name in names if not name.startswith(PEFT_PREFIX) or name.startswith(2 * PEFT_PREFIX)]
     if 2 * len(wrong) > len(names):
         known = [prefix for prefix in FOREIGN_PREFIXES if wrong[0].startswith(prefix)]
         found = known[0] if known else wrong[0].partition(".")[0] + "."
-        message = f"{len(wrong)} of {len(names)} tensors have no {PEFT_PREFIX}, so PEFT finds none of them"
+        message = f"{len(wrong)} of {len(names)} tensors do not begin with one {PEFT_PREFIX}, so PEFT finds none"
         mend = "pull it with --format peft, which names them as PEFT does"
         if known and known[0].endswith("_"):
             mend = "these are kohya's names; convert the file first"
@@ -368,6 +535,16 @@ def _is_vocabulary(one: Placed) -> bool:
     return kind.partition("+")[0] == "embedding" and one.wanted[1] == one.there[1]
 
 
+def _is_widened(case: Case, one: Placed) -> bool:
+    """Whether QA-LoRA is switched on beside a layer that is not quantised, where PEFT does plain LoRA."""
+    config = case.adapter.config
+    if config is None or not config.document.get("use_qalora") or one.module is None or one.there[0] is None:
+        return False
+    group = config.document.get("qalora_group_size")
+    is_plain = one.module.kind in ("linear", "matrix")
+    return is_plain and type(group) is int and one.wanted == (group * one.there[0], one.there[1])
+
+
 def _rows(one: Placed) -> tuple[str, str]:
     place = 1 if one.target.kind.startswith("full") else 0
     return str(one.there[place]), str(one.wanted[place])
@@ -389,8 +566,3 @@ def _near(path: str, form: ModelForm) -> str:
     end = path.rpartition(".")[2]
     near = get_close_matches(path, [one for one in form.by_path if one.endswith(end)][:2000], 1, 0.8)
     return f"the nearest is {shown(near[0], 120)}" if near else ""
-
-
-def would_fit(targets: tuple[Target, ...], form: ModelForm) -> bool:
-    """Whether another prefix would make an adapter fit."""
-    return find_shift(targets, form) is not None

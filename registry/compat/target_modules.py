@@ -47,10 +47,35 @@ def targeted(config: AdapterConfig, form: ModelForm) -> tuple[Module, ...] | Non
         return None
 
 
+def is_targeted(config: AdapterConfig, path: str) -> bool | None:
+    """Whether the configuration targets a module of this path, whatever its kind; None where that cannot be told."""
+    names = config.target_modules
+    if names is None or (isinstance(names, str) and names.lower() == ALL_LINEAR):
+        return None
+    try:
+        excluded = _Names(config.exclude_modules or ())
+        return _is_named(path, _Names(names), config) and not excluded.match(path) and not _is_saved(path, config)
+    except Undecided:
+        return None
+
+
+def unsupported(config: AdapterConfig, form: ModelForm) -> tuple[str, ...]:
+    """Paths of modules that the configuration targets and that PEFT has no LoRA for; form: an exact one."""
+    others = [path for path in sorted(form.paths) if (one := form.by_path.get(path)) is None or one.kind not in WRAPPED]
+    return tuple(path for path in others if is_targeted(config, path))
+
+
 def _is_wanted(module: Module, wanted: _Names, config: AdapterConfig) -> bool:
     if wanted.all_linear:
         return module.kind in ("linear", "transformers_conv1d") and module.path.rpartition(".")[2] not in _HEADS
-    return wanted.match(module.path) and (wanted.pattern is not None or _in_layers(module.path, config))
+    return _is_named(module.path, wanted, config)
+
+
+def _is_named(path: str, wanted: _Names, config: AdapterConfig) -> bool:
+    if not wanted.match(path):
+        return False
+    # A name that is the whole path counts in every layer.
+    return wanted.pattern is not None or path in wanted.names or _in_layers(path, config)
 
 
 def _is_saved(path: str, config: AdapterConfig) -> bool:
@@ -86,17 +111,17 @@ class _Names:
     def __init__(self, names: tuple[str, ...] | str) -> None:
         self.all_linear = isinstance(names, str) and names.lower() == ALL_LINEAR
         self.pattern = None
-        self._ends: frozenset[str] = frozenset()
+        self.names: frozenset[str] = frozenset()
         if isinstance(names, str):
             self.pattern = PatternTable([f"^(?:{names})"])
             if self.pattern.unreadable and not self.all_linear:
                 raise Undecided("the expression is not evaluated")
         else:
-            self._ends = frozenset(names)
+            self.names = frozenset(names)
 
     def match(self, path: str) -> bool:
         if self.pattern is not None:
             return self.pattern.find(path) is not None
-        if path in self._ends:
+        if path in self.names:
             return True
-        return any(path[at + 1 :] in self._ends for at, letter in enumerate(path) if letter == ".")
+        return any(path[at + 1 :] in self.names for at, letter in enumerate(path) if letter == ".")

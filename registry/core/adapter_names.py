@@ -269,7 +269,8 @@ class _Reader:
         else:
             fits = columns == rank or columns * blocks == rank
         if not fits:
-            self._report("C09", path, "the ranks of A and B differ", str(rank), str(columns))
+            mend = "A is (r, in) and B is (out, r): one of the two is of another adapter, or the wrong way round"
+            self._report("C09", path, "the ranks of A and B differ", str(rank), str(columns), mend)
             return None
         if kind == "linear" and self._config is not None:
             in_features = _widened(path, a[1], blocks, self._config)
