@@ -310,7 +310,6 @@ def fitting_versions(
     layout_ids: Collection[int],
     *,
     excluded: Collection[tuple[int, int | None]] = (),
-    refused: Collection[tuple[int, int | None]] = (),
     search: Search | None = None,
 ) -> list[int]:
     """Row ids of present adapters of these layouts of which no error was found; in the order of the search, which is by
@@ -318,7 +317,6 @@ def fitting_versions(
 
     Args:
         excluded: (layout, base version) whose versions are left out.
-        refused: (layout, configuration) likewise.
         search: further conditions, a limit and an order.
 
     Raises:
@@ -326,7 +324,7 @@ def fitting_versions(
     """
     if not layout_ids:
         return []
-    of_layouts = fitting_clause(connection, layout_ids, excluded, refused)
+    of_layouts = fitting_clause(connection, layout_ids, excluded)
     return find_ids(connection, search or Search(), of_layouts)
 
 
@@ -334,16 +332,14 @@ def fitting_clause(
     connection: Connection,
     layout_ids: Collection[int],
     excluded: Collection[tuple[int, int | None]] = (),
-    refused: Collection[tuple[int, int | None]] = (),
 ) -> Clause:
     """The condition of `fitting_versions`, for a search."""
     dialect = connection.dialect.name
     of_layouts: ColumnElement[bool] = version.c.layout_id.in_(listed(sorted(set(layout_ids)), dialect))
-    for column, left_out in ((version.c.base_id, excluded), (version.c.lora_config_id, refused)):
-        if left_out:
-            pairs = sorted({(layout_id, other or 0) for layout_id, other in left_out})
-            pair = tuple_(version.c.layout_id, func.coalesce(column, 0))
-            of_layouts = and_(of_layouts, pair.not_in(listed_pairs(pairs, dialect)))
+    if excluded:
+        pairs = sorted({(layout_id, base_id or 0) for layout_id, base_id in excluded})
+        pair = tuple_(version.c.layout_id, func.coalesce(version.c.base_id, 0))
+        of_layouts = and_(of_layouts, pair.not_in(listed_pairs(pairs, dialect)))
     wrong = exists().where(finding.c.version_id == version.c.id, finding.c.severity == "error").correlate(version)
     asked = and_(of_layouts, _is_adapter(dialect), ~wrong)
     return Clause(asked, select(version.c.id).where(of_layouts))

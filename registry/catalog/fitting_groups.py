@@ -3,35 +3,40 @@ base that each was trained on, and the paths of their targets."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, select
 
 from registry.catalog.rows import batches
-from registry.catalog.tables import target, version
+from registry.catalog.tables import lora_config, target, version
+
+Key = tuple[int | None, int | None, int | None]
+"""(layout, configuration, base) of an adapter, as row ids."""
 
 
-def samples_of_layouts(connection: Connection, layout_ids: Collection[int]) -> list[tuple[int, int | None, int]]:
-    """(layout, configuration, a version that has both) of present adapters, each pair once."""
-    found: list[tuple[int, int | None, int]] = []
-    for batch in batches(sorted(layout_ids)):
-        rows = connection.execute(
-            select(version.c.layout_id, version.c.lora_config_id, func.min(version.c.id))
-            .where(version.c.layout_id.in_(batch), version.c.state == "present", version.c.kind == "adapter")
-            .group_by(version.c.layout_id, version.c.lora_config_id)
-        )
-        found += [(layout_id, config_id, version_id) for layout_id, config_id, version_id in rows]
-    return found
-
-
-def form_keys(connection: Connection, version_ids: Iterable[int]) -> dict[int, tuple[int | None, int | None]]:
-    """(configuration, base) of versions, by row id."""
+def form_keys(connection: Connection, version_ids: Iterable[int]) -> dict[int, Key]:
+    """(layout, configuration, base) of versions, by row id."""
     found = {}
     for batch in batches(version_ids):
         rows = connection.execute(
-            select(version.c.id, version.c.lora_config_id, version.c.base_id).where(version.c.id.in_(batch))
+            select(version.c.id, version.c.layout_id, version.c.lora_config_id, version.c.base_id).where(
+                version.c.id.in_(batch)
+            )
         )
-        found.update({row.id: (row.lora_config_id, row.base_id) for row in rows})
+        found.update({row.id: (row.layout_id, row.lora_config_id, row.base_id) for row in rows})
+    return found
+
+
+def config_documents(connection: Connection, config_ids: Iterable[int]) -> dict[int, str]:
+    """Configurations as JSON, by row id; those that came with an adapter."""
+    found = {}
+    for batch in batches(config_ids):
+        rows = connection.execute(
+            select(lora_config.c.id, lora_config.c.document).where(
+                lora_config.c.id.in_(batch), lora_config.c.document.is_not(None)
+            )
+        )
+        found.update({row.id: row.document for row in rows})
     return found
 
 

@@ -30,12 +30,14 @@ class Weights:
         dtypes: live name -> safetensors code.
         rounded: live name -> digest of the tensor rounded to bfloat16, where that is known. That of a bfloat16
             tensor is its own.
+        cast_of: references of the versions that it was converted from or to, as their lineage says.
     """
 
     reference: str
     digests: Mapping[str, str]
     dtypes: Mapping[str, str] = field(default_factory=dict)
     rounded: Mapping[str, str] = field(default_factory=dict)
+    cast_of: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from registry.compat import rules_config, rules_content, rules_model, rules_targets
+from registry.compat import rules_complete, rules_config, rules_content, rules_model, rules_targets
 from registry.compat.case import AdapterSide, Case
 from registry.compat.compatibility import Compatibility, in_order
 from registry.compat.rule import Rule
@@ -16,7 +16,7 @@ RULES: tuple[Rule, ...] = tuple(
     sorted(
         (
             one
-            for module in (rules_config, rules_content, rules_model, rules_targets)
+            for module in (rules_complete, rules_config, rules_content, rules_model, rules_targets)
             for one in vars(module).values()
             if isinstance(one, Rule)
         ),

@@ -51,7 +51,7 @@ def changed_modules(trained: Weights, asked: Weights) -> dict[str, str]:
         else:
             rounded = trained.rounded.get(name), asked.rounded.get(name)
             if None in rounded:
-                found[name] = "unknown"
+                found[name] = "cast" if trained.reference in asked.cast_of else "unknown"
             else:
                 found[name] = "cast" if rounded[0] == rounded[1] else "different"
     return found
@@ -257,17 +257,23 @@ def same_arguments(case: Case) -> Iterator[Finding]:
     Reproduce: train on a transformer with 4 heads, load into the same with 8.
     """
     trained, asked = _forms(case)
-    if trained is None or asked is None or trained.arguments is None or asked.arguments is None:
-        return
     config = case.adapter.config
-    if trained.class_name != asked.class_name and not _same_names(trained, asked):
-        return
-    if config is not None and config.layer_replication:
-        return  # the number of layers is then not the base's own
-    for key, (own, other) in sorted(_differences(trained.arguments, asked.arguments).items()):
+    if trained is None or asked is None or (config is not None and config.layer_replication):
+        return  # with replicated layers the number of layers is not the base's own
+    for key, (own, other) in sorted(differing_arguments(trained, asked).items()):
         message = "the model that it was trained on was built with another value"
         mend = "build the model with the same value"
         yield Finding("C29", "error", key, message, shown(repr(own), 80), shown(repr(other), 80), mend)
+
+
+def differing_arguments(trained: ModelForm, asked: ModelForm) -> dict[str, tuple[Any, Any]]:
+    """Arguments by which two models compute differently, with both values; none where they are not known, or are of
+    classes that have nothing in common."""
+    if trained.arguments is None or asked.arguments is None:
+        return {}
+    if trained.class_name != asked.class_name and not _same_names(trained, asked):
+        return {}
+    return _differences(trained.arguments, asked.arguments)
 
 
 def _same_names(a: ModelForm, b: ModelForm) -> bool:

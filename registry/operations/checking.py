@@ -125,8 +125,11 @@ def live_side(model: Any, adapter: AdapterSide | None) -> ModelSide:
         is_version=False,
         adapters=() if holder is None else tuple(map(str, holder.peft_config)),
     )
-    if adapter is None or adapter.weights is None:
+    if adapter is None:
         return side
+    if adapter.weights is None:
+        # There are weights, and nothing to hold them against: they need not be read.
+        return replace(side, weights=Weights(name, {})) if _can_run(model) else side
     return replace(side, weights=_live_weights(model, adapter, name, wrapped=holder is not None))
 
 

@@ -4,7 +4,7 @@ configuration; and the weights that adapters were trained on are compared by dig
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from registry.catalog.fitting import (
     layout_bases,
     layout_fits,
 )
-from registry.catalog.fitting_groups import form_keys, samples_of_layouts, target_paths
+from registry.catalog.fitting_groups import Key, config_documents, form_keys, target_paths
 from registry.catalog.rows import ids_by_digest
 from registry.catalog.search import Search, find_ids
 from registry.catalog.tables import architecture
@@ -25,7 +25,9 @@ from registry.catalog.versions import resolve
 from registry.compat.case import Case, ModelSide
 from registry.compat.compatibility import Verdict
 from registry.compat.rules import check_case
-from registry.compat.rules_model import changed_modules
+from registry.compat.rules_model import changed_modules, differing_arguments
+from registry.compat.target_modules import targeted
+from registry.core.adapter_config import AdapterConfig, read_adapter_config
 from registry.core.findings import Finding
 from registry.core.query import parse_where
 from registry.core.reference import parse_reference
@@ -78,16 +80,26 @@ def fits(
         question = _Question(sides, connection, side)
         if everything:
             ids = find_ids(connection, search)
+            keys = form_keys(connection, ids)
         else:
-            ids = fitting_versions(
-                connection,
-                question.layouts,
-                excluded=question.excluded,
-                refused=question.refused,
-                search=search,
-            )
-        keys = form_keys(connection, ids)
-        return [question.fit(found, *keys[found.record.id]) for found in found_of(connection, ids)]
+            ids, keys = _fitting(connection, question, search)
+        question.read_configs(key[1] for key in keys.values())
+        return [question.fit(found, keys[found.record.id]) for found in found_of(connection, ids)]
+
+
+def _fitting(connection: Connection, question: _Question, search: Search) -> tuple[list[int], dict[int, Key]]:
+    """Those that fit, as many as are wanted. What SQL cannot tell takes some away, and then more are asked for."""
+    take = search.limit
+    while True:
+        found = fitting_versions(
+            connection, question.layouts, excluded=question.excluded, search=replace(search, limit=take)
+        )
+        keys = form_keys(connection, found)
+        question.read_configs(key[1] for key in keys.values())
+        fitting = [one for one in found if question.error_of_form(one, keys[one]) is None]
+        if take is None or search.limit is None or len(fitting) >= search.limit or len(found) < take:
+            return fitting[: search.limit], keys
+        take *= 4
 
 
 class _Question:
@@ -99,44 +111,49 @@ class _Question:
         self._side = side
         self._grades: dict[int, dict[str, str] | None] = {}
         self._names: dict[int, str] = {}
+        self._arguments: dict[int, str] = {}
         self._targets: dict[int, frozenset[str]] = {}
         self._checked: dict[tuple[int | None, int | None], Finding | None] = {}
+        self._configs: dict[int, AdapterConfig | None] = {}
+        self._wanted: dict[tuple[object, ...], frozenset[str]] = {}
         form_id = ids_by_digest(connection, architecture, [side.form.digest]).get(side.form.digest)
         self._fits = {one.layout_id: one for one in layout_fits(connection, side.form, form_id)}
         fitting = {one.layout_id for one in self._fits.values() if one.fits}
-        opened = {one for one in fitting if self._fits[one].open}
-        self.refused = {
-            (layout_id, config_id)
-            for layout_id, config_id, version_id in samples_of_layouts(connection, opened)
-            if self._error_of_form(layout_id, config_id, version_id) is not None
-        }
         self.layouts = fitting
         self.excluded = {pair for pair in layout_bases(connection, fitting) if self._has_other_weights(*pair)}
 
-    def fit(self, found: Found, config_id: int | None, base_id: int | None) -> Fit:
+    def read_configs(self, config_ids: Iterable[int | None]) -> None:
+        """Makes these configurations known."""
+        missing = {one for one in config_ids if one is not None and one not in self._configs}
+        documents = config_documents(self._connection, missing)
+        self._configs |= dict.fromkeys(missing)
+        self._configs |= {
+            one: read_adapter_config(document.encode(), "the configuration") for one, document in documents.items()
+        }
+
+    def fit(self, found: Found, key: Key) -> Fit:
         """One adapter with its verdict."""
         layout_id = found.record.layout_id or 0
         of_layout = self._fits.get(layout_id) or LayoutFit(layout_id, 0, 0, open=False)
-        reason = self._reason(found, of_layout, config_id, base_id)
+        reason = self._reason(found, of_layout, key)
         verdict: Verdict = "fits" if reason is None else "does not fit" if reason.severity == "error" else "undecided"
         text = ""
         if reason is not None:
             text = f"{reason.code} {reason.subject}: {reason.message}" if reason.subject else reason.message
         return Fit(as_version(found), of_layout.matched, of_layout.total, verdict, text)
 
-    def _reason(self, found: Found, of_layout: LayoutFit, config_id: int | None, base_id: int | None) -> Finding | None:
+    def _reason(self, found: Found, of_layout: LayoutFit, key: Key) -> Finding | None:
         """What first speaks against an adapter, or is not known."""
         if found.record.findings:
             stored = [one for one in findings_of(self._connection, found.record.id) if one.severity == "error"]
             if stored:
                 return stored[0]
-        if not of_layout.fits or of_layout.open:
-            error = self._error_of_form(of_layout.layout_id, config_id, found.record.id)
-            if error is not None:
-                return error
-            if not of_layout.fits:
-                return Finding("C31", "undecided", "", "its targets are not compared with the model")
-        return self._reason_of_weights(of_layout.layout_id, base_id)
+        error = self.error_of_form(found.record.id, key)
+        if error is not None:
+            return error
+        if not of_layout.fits:
+            return Finding("C31", "undecided", "", "its targets are not compared with the model")
+        return self._reason_of_weights(of_layout.layout_id, key[2])
 
     def _reason_of_weights(self, layout_id: int, base_id: int | None) -> Finding | None:
         if self._side.weights is None:
@@ -146,6 +163,8 @@ class _Question:
         grades = self._grades_of(base_id)
         if grades is None:
             return None
+        if argument := self._other_argument(base_id):
+            return Finding("C29", "error", argument, f"trained on a model with another value: {self._names[base_id]}")
         found = self._at_targets(layout_id, grades)
         if "different" in found:
             return Finding("C04", "error", "base", f"trained on other weights: {self._names[base_id]}")
@@ -153,18 +172,53 @@ class _Question:
             return Finding("C04", "undecided", "base", f"cannot be compared with {self._names[base_id]}")
         return None
 
-    def _error_of_form(self, layout_id: int, config_id: int | None, version_id: int) -> Finding | None:
-        """The first error that all versions of this layout and configuration have."""
-        key = layout_id, config_id
-        if key not in self._checked:
-            adapter = replace(self._sides.adapter(version_id), weights=None, form=None)
-            errors = check_case(Case(adapter, replace(self._side, weights=None))).errors
-            self._checked[key] = next((one for one in errors if one.code not in _OF_ONE_VERSION), None)
-        return self._checked[key]
+    def error_of_form(self, version_id: int, key: Key) -> Finding | None:
+        """The first error that all versions of this layout and configuration have; None also where SQL and the targets
+        of the configuration leave no room for one."""
+        form_key = key[:2]
+        if form_key not in self._checked:
+            self._checked[form_key] = None
+            if not self._is_settled(*form_key):
+                adapter = replace(self._sides.adapter(version_id), weights=None, form=None)
+                errors = check_case(Case(adapter, replace(self._side, weights=None))).errors
+                found = next((one for one in errors if one.code not in _OF_ONE_VERSION), None)
+                self._checked[form_key] = found
+        return self._checked[form_key]
+
+    def _is_settled(self, layout_id: int | None, config_id: int | None) -> bool:
+        """Whether all targets are there for certain, and the configuration targets no module besides."""
+        fit = self._fits.get(layout_id or 0)
+        if layout_id is None or fit is None or fit.open or not fit.fits:
+            return False
+        config = None if config_id is None else self._configs.get(config_id)
+        if config is None:
+            return True
+        return self._targeted(config) <= self._paths(layout_id)
+
+    def _targeted(self, config: AdapterConfig) -> frozenset[str]:
+        """Paths that a configuration targets in the model; once for all configurations that name the same."""
+        key = (
+            *(config.target_modules, config.exclude_modules, config.modules_to_save),
+            *(config.layers_to_transform, config.layers_pattern),
+        )
+        if key not in self._wanted:
+            found = targeted(config, self._side.form) or ()
+            self._wanted[key] = frozenset(one.path for one in found)
+        return self._wanted[key]
 
     def _has_other_weights(self, layout_id: int, base_id: int | None) -> bool:
         grades = None if base_id is None else self._grades_of(base_id)
-        return grades is not None and "different" in self._at_targets(layout_id, grades)
+        if base_id is None or grades is None:
+            return False
+        return "different" in self._at_targets(layout_id, grades) or bool(self._other_argument(base_id))
+
+    def _other_argument(self, base_id: int) -> str:
+        """The first argument in which the model that adapters were trained on is not this one; empty: there is none."""
+        if base_id not in self._arguments:
+            trained = self._sides.form(base_id)
+            found = {} if trained is None else differing_arguments(trained, self._side.form)
+            self._arguments[base_id] = min(found, default="")
+        return self._arguments[base_id]
 
     def _grades_of(self, base_id: int) -> dict[str, str] | None:
         """Grade of each tensor of another base by live name; None where it is the model's own."""

@@ -7,11 +7,11 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, bindparam, or_, select
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, or_, select
 
 from registry.catalog.blobs import read_layout
 from registry.catalog.descriptions import descriptions_of
@@ -22,6 +22,7 @@ from registry.catalog.tables import (
     component,
     finding,
     layout,
+    lineage,
     lora_config,
     version,
     version_blob,
@@ -101,6 +102,18 @@ _COMPONENTS = (
 )
 _FILES = select(version_file.c.path, version_file.c.sha256).where(version_file.c.version_id == bindparam("version_id"))
 _NONFINITE = select(finding.c.subject).where(finding.c.version_id == bindparam("version_id"), finding.c.code == "C17")
+_CASTS = (
+    select(artifact.c.namespace, artifact.c.name, version.c.number)
+    .join(version, version.c.artifact_id == artifact.c.id)
+    .join(
+        lineage,
+        or_(
+            and_(lineage.c.child_id == bindparam("version_id"), lineage.c.parent_id == version.c.id),
+            and_(lineage.c.parent_id == bindparam("version_id"), lineage.c.child_id == version.c.id),
+        ),
+    )
+    .where(lineage.c.relation == "converted_from")
+)
 
 
 @dataclass(frozen=True)
@@ -149,7 +162,7 @@ class Sides:
         config = self._config(facts, files)
         targets, read = _targets_of(row.layout, its_layout, config, facts.row.kind)
         base = facts.row.base_id
-        form = self._form(version_id) if facts.row.kind == "adapter" else None
+        form = self.form(version_id) if facts.row.kind == "adapter" else None
         has_probe = PROBE in facts.described
         return AdapterSide(
             reference=facts.reference,
@@ -160,7 +173,7 @@ class Sides:
             nonfinite=frozenset(self._connection.execute(_NONFINITE, {"version_id": version_id}).scalars()),
             zeros=_zeros.get((row.layout, row.digests), lambda: zero_tensors(zip(its_layout, digests, strict=True))),
             weights=None if base is None else self.weights(base),
-            form=form if form is not None or base is None else self._form(base),
+            form=form if form is not None or base is None else self.form(base),
             written_by=facts.row.peft_version,
             files=files,
             twins=() if has_probe or facts.row.kind != "adapter" else self._twins(version_id, row),
@@ -181,13 +194,17 @@ class Sides:
         facts = self._facts(version_id)
         if facts.row.kind == "adapter":
             raise InvalidInput(f"{facts.reference} is an adapter; give the base that it is to be loaded into")
-        form = self._form(version_id)
+        form = self.form(version_id)
         if form is None:
             raise InvalidInput(f"{facts.reference} has no component model, so nothing fits it")
+        weights = self.weights(version_id)
+        if weights is not None:
+            casts = self._connection.execute(_CASTS, {"version_id": version_id})
+            weights = replace(weights, cast_of=frozenset(f"{one.namespace}/{one.name}@{one.number}" for one in casts))
         return ModelSide(
             reference=facts.reference,
             form=form,
-            weights=self.weights(version_id),
+            weights=weights,
             files=files_of(self._connection, version_id),
         )
 
@@ -226,7 +243,7 @@ class Sides:
             )
         return self._known[version_id]
 
-    def _form(self, version_id: int) -> ModelForm | None:
+    def form(self, version_id: int) -> ModelForm | None:
         """The modules of a version's model: as recorded, else as far as names and shapes of its tensors tell."""
         facts = self._facts(version_id)
         if facts.row.form is not None:
