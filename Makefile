@@ -16,7 +16,7 @@ WORKERS ?= 2
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test lint bench docs clean
+.PHONY: help setup demo test exhaustive lint bench docs clean
 
 help: ## This list
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -32,6 +32,9 @@ demo: $(READY) ## Adapters of a real model; files of an older framework; a diffu
 # One thread a worker: two workers with two threads each take longer on two cores.
 test: $(READY) ## All tests; one of them: make test TESTS=tests/store
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
+
+exhaustive: $(READY) ## Crashes at every stage of what takes long; `make test` leaves them out
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m exhaustive -n $(WORKERS) $(TESTS)
 
 lint: $(READY) ## ruff, mypy, import-linter, and models against migrations
 	$(BIN)/ruff check

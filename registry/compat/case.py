@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Literal
 
 from registry.compat.placing import Placing, place
+from registry.compat.target_modules import Targeting
 from registry.core.adapter_config import AdapterConfig
 from registry.core.adapter_names import Target
 from registry.core.findings import Finding
@@ -119,6 +120,11 @@ class Case:
     purpose: Purpose = "load"
     proof: str | None = None
     proven: bool = False
+
+    @cached_property
+    def targeting(self) -> Targeting | None:
+        """What the adapter's configuration targets; None where it has none."""
+        return None if self.adapter.config is None else Targeting(self.adapter.config)
 
     @cached_property
     def placing(self) -> Placing:

@@ -17,7 +17,6 @@ from registry.compat.asked import (
 from registry.compat.case import Case
 from registry.compat.placing import layer_order
 from registry.compat.rule import rule
-from registry.compat.target_modules import targeted
 from registry.core.adapter_names import canonical_name
 from registry.core.findings import Finding, Severity
 from registry.core.reference import shown
@@ -50,7 +49,7 @@ def complete(case: Case) -> Iterator[Finding]:
         shift = case.placing.shift
         there |= {shift.add + path.removeprefix(shift.strip) for path in there}
     named = {finding.subject for finding in adapter.read}
-    wanted = targeted(config, model.form)
+    wanted = None if case.targeting is None else case.targeting.modules(model.form)
     for module in wanted or ():
         if module.path in there or module.path in named or module.tied_to is not None:
             continue
@@ -186,7 +185,7 @@ def targets_something(case: Case) -> Iterator[Finding]:
     config, model = case.adapter.config, case.model
     if config is None or model is None or config.peft_type != "LORA" or config.target_parameters:
         return
-    wanted = targeted(config, model.form)
+    wanted = None if case.targeting is None else case.targeting.modules(model.form)
     if wanted is None and config.target_modules is not None and not is_all_linear(case):
         message = "target_modules is an expression that is not evaluated, so what it matches is not known"
         yield Finding("C07", "undecided", "target_modules", message, "a module", "unknown", "name the modules plainly")

@@ -18,7 +18,6 @@ from registry.compat.asked import (
 from registry.compat.case import Case
 from registry.compat.placing import Placed
 from registry.compat.rule import rule
-from registry.compat.target_modules import is_targeted, unsupported
 from registry.core.adapter_config import rank_of
 from registry.core.findings import Finding, Severity
 from registry.core.model_form import Module
@@ -76,14 +75,16 @@ def _of_no_part(case: Case) -> Iterator[Finding]:
 def _not_targeted(case: Case) -> Iterator[Finding]:
     """Factors of modules that the configuration does not target: PEFT wraps what it targets, and drops the others."""
     config = case.adapter.config
-    if config is None or config.peft_type != "LORA" or config.document.get("ensure_weight_tying"):
+    if config is None or case.targeting is None or config.peft_type != "LORA":
+        return
+    if config.document.get("ensure_weight_tying"):
         return
     for target in case.adapter.targets:
         kind = target.kind.partition("+")[0]
         if not target.rank or kind in ("parameter", "unknown"):
             continue
         paths = [target.module] if kind != "attention_out" else [target.module, target.module.rpartition(".")[0]]
-        if all(is_targeted(config, path) is False for path in paths):
+        if all(case.targeting.names(path) is False for path in paths):
             message = "the configuration does not target this module, so PEFT drops its factors"
             mend = "correct target_modules, exclude_modules or layers_to_transform"
             yield Finding("C05", "error", target.module, message, "a targeted module", "none", mend)
@@ -214,7 +215,7 @@ def layer_kinds(case: Case) -> Iterator[Finding]:
         return
     form = model.form
     if config is not None and config.peft_type == "LORA" and form.exact and not is_all_linear(case):
-        for path in unsupported(config, form):
+        for path in case.targeting.unsupported(form) if case.targeting is not None else ():
             message = "target_modules matches it, and PEFT has no LoRA for a module of this kind"
             mend = "name the layers in it, or leave it out with exclude_modules"
             there = form.by_path.get(path)

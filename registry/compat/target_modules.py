@@ -22,64 +22,75 @@ _HEADS = frozenset({"lm_head", "embed_out", "score", "classifier"})
 _INDEX = re.compile(r"[0-9]+")
 
 
-def targeted(config: AdapterConfig, form: ModelForm) -> tuple[Module, ...] | None:
-    """The modules that `target_modules` names and that PEFT can wrap.
+class Targeting:
+    """What a configuration targets.
 
-    Returns:
-        None where the configuration does not say (no `target_modules`), and where that cannot be evaluated.
+    Attributes:
+        known: False where it names nothing, or cannot be evaluated.
     """
-    names = config.target_modules
-    if names is None:
-        return None
-    try:
-        wanted = _Names(names)
-        excluded = _Names(config.exclude_modules or ())
-        return tuple(
-            module
-            for module in form.modules
-            if module.path
-            and module.kind in WRAPPED
-            and _is_wanted(module, wanted, config)
-            and not excluded.match(module.path)
-            and not _is_saved(module.path, config)
-        )
-    except Undecided:
-        return None
 
+    def __init__(self, config: AdapterConfig) -> None:
+        self._config = config
+        self._wanted = self._excluded = _Names(())
+        self.known = config.target_modules is not None
+        try:
+            self._wanted = _Names(config.target_modules or ())
+            self._excluded = _Names(config.exclude_modules or ())
+        except Undecided:
+            self.known = False
 
-def is_targeted(config: AdapterConfig, path: str) -> bool | None:
-    """Whether the configuration targets a module of this path, whatever its kind; None where that cannot be told."""
-    names = config.target_modules
-    if names is None or (isinstance(names, str) and names.lower() == ALL_LINEAR):
-        return None
-    try:
-        excluded = _Names(config.exclude_modules or ())
-        return _is_named(path, _Names(names), config) and not excluded.match(path) and not _is_saved(path, config)
-    except Undecided:
-        return None
+    def modules(self, form: ModelForm) -> tuple[Module, ...] | None:
+        """The modules that are targeted and that PEFT can wrap; None where that is not known."""
+        if not self.known:
+            return None
+        try:
+            return tuple(
+                module
+                for module in form.modules
+                if module.path and module.kind in WRAPPED and self._is_wanted(module) and not self._is_out(module.path)
+            )
+        except Undecided:
+            return None
 
+    def names(self, path: str) -> bool | None:
+        """Whether a module of this path is targeted, whatever its kind; None where that cannot be told."""
+        if not self.known or self._wanted.all_linear:
+            return None
+        try:
+            return self._is_named(path) and not self._is_out(path)
+        except Undecided:
+            return None
 
-def unsupported(config: AdapterConfig, form: ModelForm) -> tuple[str, ...]:
-    """Paths of modules that the configuration targets and that PEFT has no LoRA for; form: an exact one."""
-    others = [path for path in sorted(form.paths) if (one := form.by_path.get(path)) is None or one.kind not in WRAPPED]
-    return tuple(path for path in others if is_targeted(config, path))
+    def unsupported(self, form: ModelForm) -> tuple[str, ...]:
+        """Paths of modules that are targeted and that PEFT has no LoRA for.
 
+        Args:
+            form: an exact one.
+        """
+        others = (path for path in form.paths if (one := form.by_path.get(path)) is None or one.kind not in WRAPPED)
+        return tuple(sorted(path for path in others if self.names(path)))
 
-def _is_wanted(module: Module, wanted: _Names, config: AdapterConfig) -> bool:
-    if wanted.all_linear:
-        return module.kind in ("linear", "transformers_conv1d") and module.path.rpartition(".")[2] not in _HEADS
-    return _is_named(module.path, wanted, config)
+    def _is_wanted(self, module: Module) -> bool:
+        if self._wanted.all_linear:
+            is_linear = module.kind in ("linear", "transformers_conv1d")
+            return is_linear and module.path.rpartition(".")[2] not in _HEADS
+        return self._is_named(module.path)
 
+    def _is_named(self, path: str) -> bool:
+        if not self._wanted.match(path):
+            return False
+        # A name that is the whole path counts in every layer.
+        is_whole = self._wanted.pattern is not None or path in self._wanted.names
+        return is_whole or _in_layers(path, self._config)
 
-def _is_named(path: str, wanted: _Names, config: AdapterConfig) -> bool:
-    if not wanted.match(path):
-        return False
-    # A name that is the whole path counts in every layer.
-    return wanted.pattern is not None or path in wanted.names or _in_layers(path, config)
+    def _is_out(self, path: str) -> bool:
+        return self._excluded.match(path) or _is_saved(path, self._config)
 
 
 def _is_saved(path: str, config: AdapterConfig) -> bool:
     """Whether modules_to_save names it or a module around it; such a module is copied and never wrapped."""
+    if not config.modules_to_save:
+        return False
     segments = path.split(".")
     for name in config.modules_to_save:
         parts = name.split(".")
@@ -112,16 +123,20 @@ class _Names:
         self.all_linear = isinstance(names, str) and names.lower() == ALL_LINEAR
         self.pattern = None
         self.names: frozenset[str] = frozenset()
+        self._has_dots = False
         if isinstance(names, str):
             self.pattern = PatternTable([f"^(?:{names})"])
             if self.pattern.unreadable and not self.all_linear:
                 raise Undecided("the expression is not evaluated")
         else:
             self.names = frozenset(names)
+            self._has_dots = any("." in name for name in names)
 
     def match(self, path: str) -> bool:
         if self.pattern is not None:
             return self.pattern.find(path) is not None
-        if path in self.names:
+        if path in self.names or path.rpartition(".")[2] in self.names:
             return True
+        if not self._has_dots:
+            return False
         return any(path[at + 1 :] in self.names for at, letter in enumerate(path) if letter == ".")

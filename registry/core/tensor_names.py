@@ -6,6 +6,8 @@ model whose outermost attribute is called `module` looks like one inside Distrib
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from registry.core.peft_keys import (
     BY_MODULE,
     CONTAINERS,
@@ -23,6 +25,7 @@ _INNER_WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_w
 """torch.compile, FSDP and activation checkpointing: around any module."""
 
 
+@lru_cache(1 << 16)
 def canonical_name(name: str, adapter_name: str | None = None) -> str:
     """The name without wrappers and without the adapter's name, as in a file of this adapter less `base_model.model.`.
 
@@ -80,6 +83,7 @@ def without_layers(segments: list[str]) -> list[str]:
     ]
 
 
+@lru_cache(1 << 16)
 def split_at_tuner(name: str) -> tuple[str, str, str] | None:
     """A canonical name as (path of the module, the tuner's name for its part, the rest); None if no tuner's name is in
     it."""

@@ -26,7 +26,7 @@ from registry.compat.case import Case, ModelSide
 from registry.compat.compatibility import Verdict
 from registry.compat.rules import check_case
 from registry.compat.rules_model import changed_modules, differing_arguments
-from registry.compat.target_modules import targeted
+from registry.compat.target_modules import Targeting
 from registry.core.adapter_config import AdapterConfig, read_adapter_config
 from registry.core.findings import Finding
 from registry.core.query import parse_where
@@ -202,7 +202,7 @@ class _Question:
             *(config.layers_to_transform, config.layers_pattern),
         )
         if key not in self._wanted:
-            found = targeted(config, self._side.form) or ()
+            found = Targeting(config).modules(self._side.form) or ()
             self._wanted[key] = frozenset(one.path for one in found)
         return self._wanted[key]
 

@@ -86,7 +86,7 @@ def disturbed(template: str, how: str) -> None:
         registry.close()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("how", ["killed", "interrupted"])
 def test_an_adoption_that_is_cut_off_at_any_stage_goes_on_where_it_was(template: Path, how: str) -> None:
     succeeds_alone(disturbed, template, how, timeout=300)
