@@ -145,8 +145,9 @@ def hold_blobs(connection: Connection, blobs: Iterable[NewBlob]) -> None:
     """Keeps `gc` from those of these blobs that have a row, until the transaction ends; all in the order of their
     digests, in which it takes them too."""
     for batch in batches(sorted({one.digest for one in blobs})):
-        # An external one may yet be filled, and two who hold it would then wait for each other.
-        rows = select(blob.c.id).where(blob.c.digest.in_(batch), blob.c.state != "external")
+        # An external one may yet be filled, and two who hold it would then wait for each other; and a deletion must
+        # never wait for one of these, since what it has deleted is what a push may wait for.
+        rows = select(blob.c.id).where(blob.c.digest.in_(batch), blob.c.state == "present")
         connection.execute(rows.order_by(blob.c.digest).with_for_update(read=True))
 
 

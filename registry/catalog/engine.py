@@ -24,6 +24,7 @@ from sqlalchemy.pool import NullPool, QueuePool
 
 from registry.catalog.schema import check_revision
 from registry.core.errors import (
+    Contended,
     Corrupt,
     InvalidInput,
     NoSpace,
@@ -358,7 +359,7 @@ def _known_postgresql(error: BaseException | None, lost: bool, what: str) -> Reg
     if state in ("25006", "42501"):
         return ReadOnly(f"{what}: {words}")
     if state in ("40001", "40P01"):
-        return StorageError(f"{what}: {words}: another writer was in the way; try again")
+        return Contended(f"{what}: {words}: another writer was in the way; try again")
     if state.startswith(("XX001", "XX002")):
         return Corrupt(f"{what}: {words}")
     if state.startswith("54"):

@@ -182,6 +182,10 @@ class StorageError(RegistryError, OSError):
     exit_code = 9
 
 
+class Contended(StorageError):
+    """The database ended a transaction for another writer's sake; the same again succeeds."""
+
+
 class ReadOnly(StorageError):
     """The registry can be read, not written."""
 

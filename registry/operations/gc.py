@@ -16,7 +16,7 @@ from registry.catalog.garbage import BlobRow, Place
 from registry.catalog.names import LockedName
 from registry.catalog.removal import Need, Removed
 from registry.catalog.rows import batches
-from registry.core.errors import BlobNotFound, InvalidInput
+from registry.core.errors import BlobNotFound, Contended, InvalidInput
 from registry.operations.context import Context, actor, now, under_lock
 from registry.operations.deleting import TURN, delete_marked
 from registry.store.interface import Temporary
@@ -253,8 +253,11 @@ def _orphans(context: Context, before: datetime) -> Iterator[dict[str, int]]:
 def _delete_orphans(context: Context, sizes: dict[str, int]) -> dict[str, int]:
     if not sizes:
         return {}
-    with context.writing() as connection:
-        marked = garbage.mark_orphans(connection, sizes, now())
+    try:
+        with context.writing() as connection:
+            marked = garbage.mark_orphans(connection, sizes, now())
+    except Contended:
+        return {}  # a push is registering some of them at this moment; what is left of them is there the next time
     return delete_marked(context, marked)
 
 

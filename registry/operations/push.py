@@ -19,7 +19,15 @@ from registry.compat.case import ModelSide
 from registry.compat.compatibility import in_order
 from registry.core.annotations import read_metadata
 from registry.core.digest import sha256_hex
-from registry.core.errors import ArtifactNotFound, DigestMismatch, Incompatible, InUse, InvalidInput, NotFound
+from registry.core.errors import (
+    ArtifactNotFound,
+    Contended,
+    DigestMismatch,
+    Incompatible,
+    InUse,
+    InvalidInput,
+    NotFound,
+)
 from registry.core.event import Event
 from registry.core.findings import Finding
 from registry.core.manifest import Parent
@@ -117,11 +125,12 @@ def push(
         for attempt in range(ATTEMPTS):
             try:
                 result, events = _push_once(context, opened, kind, request, environment, before_storing, live)
-            except InUse:
+            except (InUse, Contended) as error:
                 if attempt == ATTEMPTS - 1:
                     raise
-                # gc was deleting a blob that this push needs: once it is gone it can be stored again.
-                finish_deleting(context)
+                if isinstance(error, InUse):
+                    # gc was deleting a blob that this push needs: once it is gone it can be stored again.
+                    finish_deleting(context)
             else:
                 context.journal(events)
                 return replace(result, notes=(*opened.notes, *result.notes))

@@ -32,6 +32,7 @@ def three(registry: Registry, tmp_path: Path) -> Registry:
             peft_folder(tmp_path / f"adapter-{number}", float(number)),
             NAME,
             base=BASE,
+            force=True,
             tags=["prod"] if number == 2 else [],
             continued_from=f"{NAME}@2" if number == 3 else None,
             metadata={"number": number},
@@ -80,7 +81,7 @@ class TestRemove:
 
     def test_names_a_few_of_many_that_came_from_it(self, three: Registry, tmp_path: Path) -> None:
         for number in range(4, 8):
-            three.push(peft_folder(tmp_path / f"{number}", float(number)), NAME, base=BASE)
+            three.push(peft_folder(tmp_path / f"{number}", float(number)), NAME, base=BASE, force=True)
         with pytest.raises(InUse, match=f"{NAME}@5 and 2 more; remove"):
             three.remove(BASE)
 
@@ -156,7 +157,7 @@ class TestPurge:
         three.gc(grace=NOW)
         rows = {table.name: rows_about(three, table.name, 3) for table in metadata.tables.values()}
         assert {name for name, count in rows.items() if count} == {"version", "event", "lineage", "metadata"} | {
-            "version_blob"
+            *("version_blob", "finding"),
         }
         assert rows["version_blob"] == 2  # its manifest and its layout
         event = three.events(NAME)[-1]
@@ -248,7 +249,7 @@ def test_a_push_and_the_removal_of_its_base_never_both_succeed(
         for turn in range(8):
             folder = peft_folder(tmp_path / f"turn-{turn}", 100.0 + turn)
             outcome = race(
-                push=partial(three.push, folder, f"team/turn-{turn}", base=f"{BASE}@1"),
+                push=partial(three.push, folder, f"team/turn-{turn}", base=f"{BASE}@1", force=True),
                 remove=partial(other.remove, f"{BASE}@1"),
             )
             assert sorted(error is None for error in outcome.values()) == [False, True], outcome

@@ -97,7 +97,7 @@ def test_the_verdict_is_what_peft_and_a_forward_pass_say(
     square module that are transposed and change places. Left out of the third are errors that PEFT does not mind: a
     name in `modules_to_save` that the model lacks (C13), a key that no PEFT has (C02), a `peft_version` that was
     edited (C03), and names without `base_model.model.`, which PEFT mends for models whose saved names transformers 5
-    converts, and for no others (C26). """
+    converts, and for no others (C26)."""
     wrong = _judge(slug, changes, shelf)
     assert not wrong, "\n".join(wrong)
 

@@ -102,7 +102,7 @@ class TestASafetensorsFile:
     ) -> None:
         folder = peft_folder(tmp_path / "folder\n\x1b[31m", tensors=data)
         with refused(root, MalformedTensors, "adapter_model.safetensors"):
-            registry.push(folder, "walk/new", base="walk/base")
+            registry.push(folder, "walk/new", base="walk/base", force=True)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     def test_with_a_value_that_is_not_finite_is_stored_and_flagged(
@@ -113,7 +113,7 @@ class TestASafetensorsFile:
         dtype, shape, data = tensors[name]
         tensors[name] = (dtype, shape, data[:-4] + struct.pack("<f", value))
         folder = peft_folder(tmp_path / "folder", tensors=tensors)
-        pushed = registry.push(folder, "walk/new", base="walk/base")
+        pushed = registry.push(folder, "walk/new", base="walk/base", force=True)
         assert pushed.created
         flagged = [finding for finding in pushed.findings if finding.code == "C17"]
         assert [(finding.severity, finding.subject) for finding in flagged] == [("error", name)]
@@ -364,7 +364,7 @@ class TestAConfiguration:
         self, registry: Registry, tmp_path: Path, extra: dict[str, Any], code: str, subject: str
     ) -> None:
         folder = peft_folder(tmp_path / "folder", {**CONFIG, **extra})
-        pushed = registry.push(folder, "walk/new", base="walk/base")
+        pushed = registry.push(folder, "walk/new", base="walk/base", force=True)
         assert (code, subject) in [(finding.code, finding.subject) for finding in pushed.findings]
         registry.pull("walk/new", tmp_path / "out")
         kept = (tmp_path / "out" / "adapter_config.json").read_bytes()
@@ -372,7 +372,7 @@ class TestAConfiguration:
 
     def test_of_just_under_16_mib_is_kept(self, registry: Registry, tmp_path: Path) -> None:
         folder = peft_folder(tmp_path / "folder", {**CONFIG, "x": "x" * ((16 << 20) - 200)})
-        assert registry.push(folder, "walk/new", base="walk/base").created
+        assert registry.push(folder, "walk/new", base="walk/base", force=True).created
         registry.pull("walk/new", tmp_path / "out")
 
 

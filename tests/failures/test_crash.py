@@ -96,6 +96,6 @@ def killed_pushes(template: str, scenario: str) -> None:
         print(found)
 
 
-@pytest.mark.parametrize("scenario", ["whole", "parts"])
+@pytest.mark.parametrize("scenario", [pytest.param("whole", marks=pytest.mark.exhaustive), "parts"])
 def test_a_push_that_is_killed_at_any_stage_is_absent_or_whole(template: Path, scenario: str) -> None:
     print(succeeds_alone(killed_pushes, template, scenario))

@@ -174,6 +174,7 @@ def inits_without_room(mount: str) -> None:
         print(pages)
 
 
+@pytest.mark.exhaustive
 def test_an_init_on_a_disk_that_is_full_can_be_done_again(mounted: Callable[[str], Path]) -> None:
     print(succeeds_alone(inits_without_room, mounted("size=8m")))
 

@@ -152,6 +152,7 @@ def push(registry: Registry, source: Path, name: str) -> int:
             finish_deleting(registry._context)
 
 
+@pytest.mark.exhaustive
 def test_a_gc_that_is_killed_at_any_stage_is_ended_by_the_next(template: Path) -> None:
     print(succeeds_alone(killed_collections, template, timeout=300))
 

@@ -412,7 +412,7 @@ class TestTheOutbox:
             patch.setattr(Context, "journal", lambda *_: None)
             registry.push(tensor_file(tmp_path / "m.safetensors", model_tensors(seed=2)), "walk/new", tags=["a", "b"])
             registry.tag("walk/base@1", "best")
-        assert pending_events(root) == 4
+        assert pending_events(root) == 5
         assert not (root / "journal" / "walk" / "new").exists()
         return root
 
@@ -454,7 +454,7 @@ class TestTheOutbox:
         with refused(Corrupt, str(self.entry(unjournaled, 2))):
             Registry.open(unjournaled)
         assert self.entry(unjournaled, 2).read_text() == "{}"
-        assert pending_events(unjournaled) == 4
+        assert pending_events(unjournaled) == 5
         self.entry(unjournaled, 2).unlink()
         with Registry.open(unjournaled) as registry:
             whole(registry, unjournaled, "walk/new")

@@ -250,7 +250,7 @@ def test_it_is_not_recorded_as_external(tmp_path: Path) -> None:
             registry.push(path, "a/base", external=True)
         registry.push(path, "a/base")
         adapter = {"q.lora_A.weight": torch.ones(4, 2), "q.lora_B.weight": torch.ones(2, 4)}
-        registry.push(adapter, "a/lora", base="a/base")
+        registry.push(adapter, "a/lora", base="a/base", force=True)
         with pytest.raises(NotStored, match="a checkpoint with a state document"):
             registry.export("a/lora", to=tmp_path / "bundle", no_base=True)
 

@@ -233,7 +233,9 @@ def push_other_forms(registry: Ticking, work: Path) -> None:
     far.write_bytes(safetensors_file([("far.weight", "F32", [40, 16], floats("far", 640))], {"format": "pt"}))
     external(far, "walk/far")
     external(write_shards(work / "apart", "apart"), "walk/far")
-    registry.push(write_folder(work / "onfar", PEFT_CONFIG, lora_tensors("onfar")), "walk/onfar", base="walk/far@1")
+    registry.push(
+        write_folder(work / "onfar", PEFT_CONFIG, lora_tensors("onfar")), "walk/onfar", base="walk/far@1", force=True
+    )
     # Known without its bytes first, and pushed with them later.
     near = work / "near.safetensors"
     near.write_bytes(safetensors_file([("near.weight", "F32", [4], nan(floats("near", 4)))]))
