@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 from registry import Registry
 from registry.core.errors import ArtifactNotFound, NoSpace, StorageError
 from tests.failures.support import (
