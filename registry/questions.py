@@ -165,7 +165,8 @@ class Questions:
         """The adapters that fit a base version or a model, by name, newest first.
 
         Targets are joined with the model's modules in SQL, once for each form of adapter, however many versions have
-        it; the weights that adapters were trained on are compared with the model's by digest.
+        it; the weights that adapters were trained on are compared by digest with those of a version. A model at hand
+        is asked for its modules alone: `check` compares its weights.
 
         Args:
             model: reference of a base version or checkpoint, or a model, which may be on the meta device.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import Any, TypeVar
 
 import click
@@ -38,4 +40,6 @@ def build_model(path: str | None, kwargs: str | None, other: str | None) -> Any:
         raise click.UsageError("give one of a base and --model")
     from registry.formats.model_code import build_on_meta, read_kwargs
 
-    return build_on_meta(path, {} if kwargs is None else read_kwargs(kwargs))
+    # What the module prints must not get into the document on standard output.
+    with redirect_stdout(sys.stderr):
+        return build_on_meta(path, {} if kwargs is None else read_kwargs(kwargs))

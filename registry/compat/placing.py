@@ -217,7 +217,8 @@ def _place_parameter(target: Target, path: str, form: ModelForm) -> Placed:
 def _place_copy(target: Target, path: str, kind: str, module: Module) -> Placed:
     wanted = (target.in_features, target.out_features)
     if kind == "token":
-        columns = module.out_features
+        # Of a weight that was only saved, out_features are its rows, and an embedding's rows are its tokens.
+        columns = module.in_features if module.kind == "matrix" else module.out_features
         return Placed(target, path, module, "" if _agree(wanted, (None, columns)) else "sizes", wanted, (None, columns))
     if kind == "bias":
         bias = module.parameter("bias")

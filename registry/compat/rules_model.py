@@ -103,7 +103,11 @@ def _graded(case: Case, grades: Mapping[str, str], trained: Weights, asked: Weig
         by_module.setdefault(name.rpartition(".")[0], set()).add(grade)
     at_targets = {path: by_module[path] for path in sorted(paths) if path in by_module}
     different = [path for path, found in at_targets.items() if "different" in found]
-    unknown = [path for path, found in at_targets.items() if "unknown" in found]
+    # A weight that one side has alone, under this name, was not compared: pruned, quantised, or parametrised.
+    alone = {
+        name.rpartition(".")[0] for name in trained.digests.keys() ^ asked.digests.keys() if name.endswith(".weight")
+    }
+    unknown = sorted({path for path, found in at_targets.items() if "unknown" in found} | (paths & alone))
     both = trained.reference, asked.reference
     if different:
         message = f"{len(different)} of {len(at_targets)} targeted modules have other weights: {_named(different)}"

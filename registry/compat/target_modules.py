@@ -72,7 +72,7 @@ class Targeting:
 
     def _is_wanted(self, module: Module) -> bool:
         if self._wanted.all_linear:
-            is_linear = module.kind in ("linear", "transformers_conv1d")
+            is_linear = module.kind in ("linear", "transformers_conv1d", "matrix")
             return is_linear and module.path.rpartition(".")[2] not in _HEADS
         return self._is_named(module.path)
 

@@ -193,6 +193,10 @@ class _Question:
         config = None if config_id is None else self._configs.get(config_id)
         if config is None:
             return True
+        if config.layer_replication or config.target_parameters or config.trainable_token_indices or config.task_type:
+            return False  # rules of their own
+        if self._side.form.exact and Targeting(config).unsupported(self._side.form):
+            return False
         return self._targeted(config) <= self._paths(layout_id)
 
     def _targeted(self, config: AdapterConfig) -> frozenset[str]:

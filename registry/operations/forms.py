@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from registry.core.model_form import ROLE, ROUNDED
+from registry.core.model_form import ROLE, ROUNDED, read_model_form
 from registry.core.reference import shown
 from registry.formats.source import Described, Source, TensorFile
 
@@ -25,6 +25,7 @@ def add_form(opened: Source, source: Any) -> None:
 
     try:
         document = live_form(source).document
+        read_model_form(document, "the list of modules")
     except Exception as error:  # noqa: BLE001  # a model runs code of the user's, and a push without it is still a push
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         opened.notes += (f"no list of modules is kept: {shown(why, 300)}",)

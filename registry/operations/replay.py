@@ -19,7 +19,7 @@ from registry.catalog.names import LockedName, lock_name
 from registry.catalog.rows import batches
 from registry.catalog.tables import version as version_table
 from registry.catalog.versions import VersionKey
-from registry.compat.case import ModelSide
+from registry.compat.case import ModelSide, Weights
 from registry.core.annotations import MetadataValue, check_key, check_step, check_text, read_metrics
 from registry.core.errors import Conflict, Corrupt, InvalidInput, NotFound, StorageError
 from registry.core.event import Event, number_from_json
@@ -316,7 +316,7 @@ class _Replay:
         if form_id not in self._read_forms:
             self._read_forms[form_id] = read_form(self._connection, form_id)
         files = files_of(self._connection, name.versions[int(number)].id)
-        return ModelSide(base, self._read_forms[form_id], files=files)
+        return ModelSide(base, self._read_forms[form_id], weights=Weights(base, {}), files=files)
 
     def _parent(self, reference: str, digest: str | None, event: Event) -> int:
         key = self._version(reference)

@@ -231,7 +231,10 @@ class Sides:
             for spec, digest, after in zip(its_layout, digests, rounded, strict=True)
             if not is_adapter_tensor(spec.name)
         }
-        return _by_live_name(facts.reference, of_saved, self._live_names(facts))
+        try:
+            return _by_live_name(facts.reference, of_saved, self._live_names(facts))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return _by_live_name(facts.reference, of_saved, None)  # a map of another program
 
     def _facts(self, version_id: int) -> _Facts:
         if version_id not in self._known:
@@ -253,7 +256,10 @@ class Sides:
             return None
         its_layout = _layouts.get(row.layout, lambda: read_layout(self._connection, row.layout_id))
         names = self._live_names(facts)
-        return _forms.get((row.layout, facts.described.get(LIVE_NAMES)), lambda: form_of_layout(its_layout, names))
+        try:
+            return _forms.get((row.layout, facts.described.get(LIVE_NAMES)), lambda: form_of_layout(its_layout, names))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return form_of_layout(its_layout)
 
     def _live_names(self, facts: _Facts) -> Mapping[str, Any] | None:
         """The map from saved to live names of a version's model, if it was recorded."""

@@ -328,3 +328,20 @@ def test_a_check_of_two_references_imports_neither_torch_nor_peft_nor_numpy(team
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ran.stdout.split("\n")[:2] == ["fits 1", "[]"]
+
+
+# ---------------------------------------------------------------- found by a critic
+
+
+def test_an_adapter_with_an_init_that_changes_the_base_leaves_a_whole_registry(registry: Registry, root: Path) -> None:
+    registry.push(walker(), "walk/base", probe=False)
+    registry.push(adapted(walker(), init_lora_weights="pissa"), "walk/pissa", base="walk/base", probe=False)
+    registry.close()
+    assert Registry.fsck(root).problems == ()
+
+
+def test_a_targeted_weight_that_has_no_counterpart_is_not_called_the_same(team: Registry) -> None:
+    model = walker()
+    for layer in model.layers:
+        nn.utils.parametrizations.weight_norm(layer["q"])  # type: ignore[index]
+    assert team.check("walk/perturb", model).verdict != "fits"
