@@ -20,20 +20,18 @@ class Rule:
         code: like `C05`; its findings all have it.
         title: the condition in a few words.
         severity: of its findings, in words where it depends.
-        needs_model: whether it says nothing of an adapter alone.
     """
 
     code: str
     title: str
     severity: str
     function: Function
-    needs_model: bool
 
 
-def rule(code: str, title: str, severity: str, *, needs_model: bool = False) -> Callable[[Function], Rule]:
+def rule(code: str, title: str, severity: str) -> Callable[[Function], Rule]:
     """Makes a rule of a function."""
 
     def decorate(function: Function) -> Rule:
-        return Rule(code, title, severity, function, needs_model)
+        return Rule(code, title, severity, function)
 
     return decorate

@@ -175,7 +175,7 @@ def _lacking_biases(case: Case) -> Iterator[Finding]:
         yield Finding("C06", "error", module.path, message, "its bias", "nothing", "push the whole adapter")
 
 
-@rule("C07", "Something is targeted", "error", needs_model=True)
+@rule("C07", "Something is targeted", "error")
 def targets_something(case: Case) -> Iterator[Finding]:
     """`target_modules` matches no module of the model. PEFT raises, with the names that it looked for and none of those
     that are there.

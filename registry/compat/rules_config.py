@@ -248,7 +248,7 @@ def no_replication(case: Case) -> Iterator[Finding]:
     yield Finding("C25", "error", "layer_replication", message, "none", shown(pairs, 80), "load it unmerged")
 
 
-@rule("C31", "The tuner is one whose targets are compared", "undecided", needs_model=True)
+@rule("C31", "The tuner is one whose targets are compared", "undecided")
 def compared_tuner(case: Case) -> Iterator[Finding]:
     """Targets are taken apart for LoRA alone. Of IA3, LoHa, prompt tuning and the others tensors and configuration are
     kept and checked by themselves, and only loading tells whether they fit a model."""

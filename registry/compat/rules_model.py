@@ -148,7 +148,7 @@ def _named(names: Iterable[str]) -> str:
     return ", ".join(shown(one, 120) for one in listed[:MOST_NAMED]) + more
 
 
-@rule("C15", "Tokenizer and chat template are the same", "warning", needs_model=True)
+@rule("C15", "Tokenizer and chat template are the same", "warning")
 def same_tokenizer(case: Case) -> Iterator[Finding]:
     """An adapter that was trained with another tokenizer or chat template loads, and answers nonsense. The files that
     were pushed with both are compared; where one side has none, nothing is said.
@@ -165,7 +165,7 @@ def same_tokenizer(case: Case) -> Iterator[Finding]:
             yield Finding("C15", "warning", name, message, f"sha256 {other[:12]}", f"sha256 {own[:12]}", mend)
 
 
-@rule("C16", "No tied weight is changed on one side alone", "warning; error for merge", needs_model=True)
+@rule("C16", "No tied weight is changed on one side alone", "warning; error for merge")
 def untied(case: Case) -> Iterator[Finding]:
     """Where the head shares its weight with the embedding, a LoRA on one of the two is a change to both once it is
     merged, and to one while it is not. PEFT warns, and merging silently changes the other module as well.
@@ -187,7 +187,7 @@ def untied(case: Case) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-@rule("C19", "A lora_bias has a bias to go into", "error for merge; else info", needs_model=True)
+@rule("C19", "A lora_bias has a bias to go into", "error for merge; else info")
 def bias_to_merge(case: Case) -> Iterator[Finding]:
     """`lora_bias=True` adds a bias to B. It works beside a layer without a bias, and cannot be merged into it: PEFT
     raises a RuntimeError.
@@ -201,7 +201,7 @@ def bias_to_merge(case: Case) -> Iterator[Finding]:
             yield Finding("C19", severity, one.target.module, message, "a bias", "none", "keep the adapter unmerged")
 
 
-@rule("C20", "The task type suits the model's class", "error; warning for a version", needs_model=True)
+@rule("C20", "The task type suits the model's class", "error; warning for a version")
 def suits_task(case: Case) -> Iterator[Finding]:
     """PEFT picks the class of its wrapper by `task_type`, and that class asks the model for methods: for CAUSAL_LM and
     SEQ_2_SEQ_LM `prepare_inputs_for_generation`. A body without a head ends with an AttributeError.
@@ -226,7 +226,7 @@ def suits_task(case: Case) -> Iterator[Finding]:
     yield Finding("C20", severity, "task_type", message, "a class that generates", found, mend)
 
 
-@rule("C21", "Quantised weights allow what is asked", "info; error for merge", needs_model=True)
+@rule("C21", "Quantised weights allow what is asked", "info; error for merge")
 def quantised(case: Case) -> Iterator[Finding]:
     """Beside quantised weights an adapter works, and its outputs differ from those on the weights that it was trained
     on. Merged into them it is rounded away (bitsandbytes warns) or refused (GPTQ raises a ValueError).
@@ -252,7 +252,7 @@ def hotswaps(case: Case) -> Iterable[Finding]:
     return swap_findings(case.adapter, case.adapter) if case.purpose == "hotswap" else ()
 
 
-@rule("C29", "The model was built with the same arguments", "error", needs_model=True)
+@rule("C29", "The model was built with the same arguments", "error")
 def same_arguments(case: Case) -> Iterator[Finding]:
     """Number of heads, causality, activation, epsilon, rotary base: arguments that change what a model computes and
     that no shape shows. Where both models say what they were built with, what differs is named. Dropout and the like,
@@ -298,7 +298,7 @@ def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -
     return found
 
 
-@rule("C30", "The model's code is the same", "info", needs_model=True)
+@rule("C30", "The model's code is the same", "info")
 def same_source(case: Case) -> Iterator[Finding]:
     """The source of every class of the model that is not torch's is compared without layout and comments. Another
     release of a library, or an edited class, is said and is no error: most edits do not change what a model computes.

@@ -172,7 +172,7 @@ def saved_modules(case: Case) -> Iterator[Finding]:
                 yield Finding("C13", "error", shown(name), message, "a module", "none", mend)
 
 
-@rule("C14", "The vocabulary is as large as the adapter's", "error", needs_model=True)
+@rule("C14", "The vocabulary is as large as the adapter's", "error")
 def vocabulary(case: Case) -> Iterator[Finding]:
     """An adapter that was trained with added tokens has more rows in the embedding than the base. PEFT notices only
     where the embedding itself is saved, and then fails in the middle of loading.

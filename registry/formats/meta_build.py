@@ -75,7 +75,7 @@ def building_on_meta() -> Iterator[Allocated]:
 
     allocated = Allocated()
 
-    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives it no types
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
             name = func.overloadpacket.__name__
@@ -91,7 +91,7 @@ def building_on_meta() -> Iterator[Allocated]:
         registration.register_module_buffer_registration_hook(allocated.registered),
     )
     try:
-        with Watch(), torch.device("meta"):  # type: ignore[no-untyped-call]
+        with Watch(), torch.device("meta"):  # type: ignore[no-untyped-call]  # likewise
             yield allocated
     finally:
         for hook in hooks:
