@@ -17,6 +17,7 @@ from registry.operations.context import Context
 from registry.operations.discover import Location
 from registry.operations.inspect import Details, Lineage
 from registry.operations.version import Version, as_version
+from registry.merging import Merging
 from registry.questions import Questions
 from registry.transfer import Transfer
 from registry.upkeep import Upkeep
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from registry.formats.proof import Proof
     from registry.operations.difference import Difference
     from registry.operations.fitting import Fit
+    from registry.operations.merging.extracted import ExtractResult
+    from registry.operations.merging.report import MergeResult, Remerged
     from registry.operations.pull import PullResult
     from registry.operations.push import PushResult
 
@@ -40,14 +43,17 @@ __all__ = [
     "Details",
     "Difference",
     "Event",
+    "ExtractResult",
     "Finding",
     "Fit",
     "Lineage",
+    "MergeResult",
     "Needs",
     "Proof",
     "PullResult",
     "PushResult",
     "Registry",
+    "Remerged",
     "SwapGroup",
     "Version",
 ]
@@ -56,11 +62,14 @@ __all__ = [
 _HOMES = {
     "Compatibility": "registry.compat.compatibility",
     "Difference": "registry.operations.difference",
+    "ExtractResult": "registry.operations.merging.extracted",
     "Fit": "registry.operations.fitting",
+    "MergeResult": "registry.operations.merging.report",
     "Needs": "registry.compat.serving",
     "Proof": "registry.formats.proof",
     "PullResult": "registry.operations.pull",
     "PushResult": "registry.operations.push",
+    "Remerged": "registry.operations.merging.report",
     "SwapGroup": "registry.compat.hotswap",
 }
 
@@ -72,7 +81,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class Registry(Questions, Transfer, Upkeep):
+class Registry(Questions, Merging, Transfer, Upkeep):
     """A registry of LoRA adapters and checkpoints.
 
     Open it with `Registry.open`. One object may be used from several threads and in forked workers.

@@ -9,10 +9,12 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from pdp.checkpoints import MODEL_CONFIG, RegistryCheckpoint, model_config, opened, read_checkpoint
@@ -26,16 +28,18 @@ from pdp.files import (
     write_flat,
     write_tree,
 )
-from pdp.loading import fit_average, live_tensors, say
+from pdp.loading import fit_average, say
 from pdp.lora_building import RegistryLike
 from pdp.lora_model import LoraTransformerForDiffusion
 from pdp.lora_settings import read_settings
-from pdp.state_names import base_part
 from pdp.training_state import fit_optimizer, fit_scheduler
 from registry.core.errors import InvalidInput
+from registry.core.layout import layout_of
 from registry.core.reference import shown
-from registry.formats.live import find_adapted
-from registry.formats.tuner_layers import refuse_merged
+from registry.formats.live import adapter_tensors, find_adapted, live_config, tensor_spec
+from registry.formats.tuner_layers import refuse_merged, tuner_layers
+from registry.merge.lora_modules import lora_modules
+from registry.merge.model_weights import WeightUpdate, merged_bias, merged_weight
 
 PathLike = str | os.PathLike[str]
 
@@ -186,43 +190,61 @@ def create_lora_model_from_checkpoint(
 def merge_lora_weights(
     model: nn.Module | None = None, alpha: float = 1.0, *, lora_model: nn.Module | None = None
 ) -> nn.Module:
-    """The network with the LoRA in its weights: `W + alpha * delta`.
+    """The network with the LoRA in its weights: `W + alpha * delta`, computed in float64 and rounded once.
 
     Args:
         model: a LoraTransformerForDiffusion; it is not changed. `lora_model` is another name for it.
         alpha: 1 gives the LoRA model's function, 0 that of the network without its LoRA (of PiSSA and OLoRA: of what
-        PEFT
-            left in the network when it began); between and beyond, weights are linear in it.
+            PEFT left in the network when it began); between and beyond, weights are linear in it.
 
     Returns:
         A plain network of the base's class, whose parameters train.
 
     Raises:
-        InvalidInput: no LoRA model, one that is merged already, or an alpha that is no finite number.
+        InvalidInput: no LoRA model, one that is merged already, an alpha that is no finite number, NaN or Inf in a
+            weight, a result that the dtype cannot hold, or lora_bias on a layer without bias.
     """
     given = lora_model if model is None else model
     lora = lora_of(given)
     refuse_merged(lora)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise InvalidInput(f"alpha is {shown(repr(alpha))}; expected a finite number, 1 for the whole LoRA")
-    merged: nn.Module = copy.deepcopy(lora.lora_model).merge_and_unload()
-    if alpha != 1:
-        base = base_part(live_tensors(lora))
-        with torch.no_grad():
-            for name, weight in live_tensors(merged).items():
-                weight.copy_(_between(base[name], weight, float(alpha)))
+    changed = _with_lora(lora, float(alpha)) if alpha else {}
+    merged: nn.Module = copy.deepcopy(lora.lora_model).unload()
+    for name, tensor in changed.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(merged.get_submodule(path), leaf, nn.Parameter(tensor))
     for parameter in merged.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     merged.train(lora.training)
     return merged
 
 
-def _between(base: Tensor, merged: Tensor, alpha: float) -> Tensor:
-    """Base + alpha * (merged - base), rounded once."""
-    if alpha == 0 or not base.is_floating_point():
-        return base
-    wide = base.double()
-    return (wide + alpha * (merged.double() - wide)).to(base.dtype)
+def _with_lora(lora: LoraTransformerForDiffusion, alpha: float) -> dict[str, Tensor]:
+    """The weights and biases that the active adapters change, by name, with `alpha` times their updates."""
+    names = lora.lora_model.active_adapters
+    modules = {name: _updates(lora.lora_model, name, alpha) for name in names}
+    changed = {}
+    layer: Any
+    for layer, path in tuner_layers(lora.base_model).items():
+        # Scaled as the live layer is, which PEFT can change without its configuration.
+        updates = [
+            replace(one, module=replace(one.module, scaling=float(layer.scaling[name])))
+            for name, one in ((name, modules[name][path]) for name in names if name in layer.scaling)
+        ]
+        base = layer.get_base_layer()
+        if updates:
+            options: Any = {"turned": False, "own_base": True, "dtype": torch.float64}
+            changed[f"{path}.weight"] = merged_weight(base.weight, updates, **options).tensor
+        if any(layer.lora_bias.get(name) for name in names):
+            changed[f"{path}.bias"] = merged_bias(base.bias, updates, dtype=torch.float64).tensor
+    return changed
+
+
+def _updates(model: PeftModel, name: str, alpha: float) -> dict[str, WeightUpdate]:
+    tensors, config = adapter_tensors(model, name), live_config(model, name)
+    layout = layout_of(tensor_spec(key, tensor) for key, tensor in tensors.items())
+    return {path: WeightUpdate(one, tensors, alpha, config) for path, one in lora_modules(layout, config).items()}
 
 
 def save_merged_model(

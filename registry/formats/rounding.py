@@ -41,6 +41,27 @@ def to_bfloat16(values: NDArray[np.floating]) -> NDArray[np.uint16]:
     return found
 
 
+class RoundedHasher:
+    """The digest that a tensor has after it is cast to bfloat16, chunk by chunk.
+
+    Args:
+        spec: of a dtype of `ROUNDED_DTYPES`.
+    """
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self._dtype = ROUNDED_DTYPES[spec.dtype]
+        self._hasher = tensor_hasher("BF16", spec.shape)
+
+    def update(self, chunk: memoryview) -> None:
+        """Takes some of the tensor's row-major little-endian bytes, in whole elements."""
+        values = np.frombuffer(chunk, dtype=self._dtype)
+        for begin in range(0, len(values), _STEP):
+            self._hasher.update(to_bfloat16(values[begin : begin + _STEP]).view(np.uint8).data)
+
+    def hexdigest(self) -> str:
+        return str(self._hasher.hexdigest())
+
+
 def rounded_digest(spec: TensorSpec, chunks: Iterable[memoryview]) -> str:
     """The digest that a tensor has after it is cast to bfloat16, 64 hex digits.
 
@@ -48,12 +69,10 @@ def rounded_digest(spec: TensorSpec, chunks: Iterable[memoryview]) -> str:
         spec: of a dtype of `ROUNDED_DTYPES`.
         chunks: its row-major little-endian bytes, in whole elements.
     """
-    hasher = tensor_hasher("BF16", spec.shape)
+    hasher = RoundedHasher(spec)
     for chunk in chunks:
-        values = np.frombuffer(chunk, dtype=ROUNDED_DTYPES[spec.dtype])
-        for begin in range(0, len(values), _STEP):
-            hasher.update(to_bfloat16(values[begin : begin + _STEP]).view(np.uint8).data)
-    return str(hasher.hexdigest())
+        hasher.update(chunk)
+    return hasher.hexdigest()
 
 
 def rounded_digests(files: Sequence[TensorFile], component: str = COMPONENT) -> bytes:
@@ -68,6 +87,9 @@ def rounded_digests(files: Sequence[TensorFile], component: str = COMPONENT) -> 
 
     def digest(place: tuple[int, int]) -> str:
         number, ordinal = place
+        known = files[number].rounded.get(ordinal)
+        if known is not None:
+            return known
         return rounded_digest(files[number].layout.tensors[ordinal], files[number].tensor(ordinal))
 
     with ThreadPoolExecutor(max_workers=2, thread_name_prefix="registry-round") as pool:

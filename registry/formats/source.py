@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO, NamedTuple
 
 from registry.core.adapter_config import AdapterConfig
@@ -68,6 +69,8 @@ class TensorFile(ABC):
     inserts: Sequence[tuple[int, int]]
     skeleton_size: int
     known: KnownDigests | None = None
+    rounded: Mapping[int, str] = MappingProxyType({})
+    """Digests after a cast to bfloat16 (formats.rounding), by ordinal, as far as they are known without a look."""
 
     @abstractmethod
     def tensor(self, ordinal: int) -> Iterator[memoryview]:
@@ -234,6 +237,51 @@ class TensorFileInMemory(SafetensorsFile):
             yield view[start : start + CHUNK_BYTES]
 
 
+class Stored(NamedTuple):
+    """A tensor of a file that lies in a blob already."""
+
+    tensor: str
+    blob: str
+    ordinal: int
+    blob_size: int
+
+
+class MadeFile(SafetensorsFile):
+    """A safetensors file of which some tensors lie in blobs, and the others are made when they are asked for: at a
+    cost, so a push asks for each once, in their order, and writes it in that same pass.
+
+    Attributes:
+        stored: where those lie that are not made, by ordinal.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        role: str,
+        layout: Layout,
+        *,
+        stored: Mapping[int, Stored],
+        read: Callable[[int], Iterator[memoryview]],
+        metadata: Mapping[str, str],
+    ) -> None:
+        """
+        Args:
+            read: the bytes of a tensor in chunks of whole elements, made or stored.
+        """
+        head = build_header(layout, dict(metadata))
+        offsets, position = [], 0
+        for spec in layout:
+            offsets.append((position, position + spec.nbytes))
+            position += spec.nbytes
+        super().__init__(path, role, Header(layout, tuple(offsets), dict(metadata), len(head)), head)
+        self.stored = stored
+        self.rounded: dict[int, str] = {}
+        self._read = read
+
+    def tensor(self, ordinal: int) -> Iterator[memoryview]:
+        return self._read(ordinal)
+
+
 class PlainFile(ABC):
     """A file that is kept as it is, without a look inside."""
 
@@ -306,6 +354,7 @@ class Source:
         digest: of the manifest that must come of it, where the artifact was a version before.
         environment: that it was pushed in, where that was another one than this.
         said: what was said of it before, oldest first; said again of the version that is made of it.
+        recipe: how it was computed of other versions; part of the manifest.
         is_unchanged: whether what was listed when it was opened is there still; asked after everything was read.
     """
 
@@ -324,6 +373,7 @@ class Source:
     digest: str | None = None
     environment: Mapping[str, object] | None = None
     said: tuple[Said, ...] = ()
+    recipe: Mapping[str, object] | None = None
     is_unchanged: Callable[[], bool] = lambda: True
     resources: ExitStack = field(default_factory=ExitStack)
 

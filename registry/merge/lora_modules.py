@@ -4,6 +4,7 @@ shapes and configuration only; `update_of` is the one step to tensors."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,6 +32,11 @@ _VARIANTS = {
     "use_bdlora": "BD-LoRA has block diagonal factors",
     "use_qalora": "QA-LoRA pools the input before A",
 }
+_OF_A_WEIGHT = {
+    "alora_invocation_tokens": "aLoRA works after certain tokens alone",
+    "layer_replication": "layer_replication has several layers of one weight, each with its own update",
+}
+"""What stands in the way of a change of the base's weight, and is none of the update."""
 _FLAGS = {"use_dora": "dora", "kasa_config": "kasa"}
 """What shows of an option in the kind of a target."""
 
@@ -100,14 +106,34 @@ def update_of(module: LoraModule, tensors: Mapping[str, Tensor]) -> LowRank:
 
     if module.obstacle or module.scaling is None:
         raise ValueError(f"the update of {module.target.module} is no product: {module.obstacle}")
+    factors = factors_of(module, tensors)
+    return low_rank(factors.a, factors.b, scaling=module.scaling)
+
+
+def factors_of(module: LoraModule, tensors: Mapping[str, Tensor]) -> LowRank:
+    """The module's factors as they are, in their dtype and without the scaling: a (blocks, r, in * kernel), b (blocks,
+    out, r).
+
+    Args:
+        tensors: by their names in the layout.
+    """
+    from registry.merge.low_rank import LowRank
+
     a, b = tensors[module.a], tensors[module.b]
     if module.target.kind.startswith("parameter"):
         # PEFT lays the experts out in A's rows block by block, and in B's columns one after the other.
         b = b.reshape(b.shape[0], -1, module.blocks).permute(2, 0, 1)
     else:
         b = b.reshape(module.blocks, b.shape[0] // module.blocks, -1)
-    a = a.reshape(module.blocks, a.shape[0] // module.blocks, -1)
-    return low_rank(a, b, scaling=module.scaling)
+    return LowRank(a.reshape(module.blocks, a.shape[0] // module.blocks, -1), b)
+
+
+def update_shape(module: LoraModule, layout: Layout) -> tuple[int, int, int, int]:
+    """(blocks, out, in * kernel, rank of a block) of the factors that `factors_of` gives, from the layout alone."""
+    a, b = layout.by_name[module.a].shape, layout.by_name[module.b].shape
+    columns = math.prod(a[1:])
+    rows = b[0] if module.target.kind.startswith("parameter") else b[0] // module.blocks
+    return module.blocks, rows, columns, a[0] // module.blocks
 
 
 def _target_of(path: str, targets: Mapping[str, Target]) -> Target | None:
@@ -134,13 +160,32 @@ def _obstacle(target: Target, scaling: float | None, config: AdapterConfig | Non
     for option, why in _VARIANTS.items():
         if config.document.get(option) or _FLAGS.get(option) in flags:
             return why
-    if config.init_lora_weights is not None and config.init_lora_weights not in PLAIN_INITS:
-        return f"init_lora_weights {shown(config.init_lora_weights)} changed the base weight as well"
+    return _obstacle_of_any_variant(target, scaling, config, own_base=False)
+
+
+def weight_obstacle(module: LoraModule, config: AdapterConfig, *, own_base: bool = False) -> str:
+    """Why the module's new weight is not known from its base's weight and its tensors; empty where it is, which is so
+    of DoRA as well.
+
+    Args:
+        own_base: the base's weights are those that the adapter's initialisation left, not those that it began with.
+    """
+    flags = module.target.kind.split("+")
+    for option, why in (_VARIANTS | _OF_A_WEIGHT).items():
+        if option != "use_dora" and (config.document.get(option) or _FLAGS.get(option) in flags):
+            return why
+    return _obstacle_of_any_variant(module.target, module.scaling, config, own_base=own_base)
+
+
+def _obstacle_of_any_variant(target: Target, scaling: float | None, config: AdapterConfig, *, own_base: bool) -> str:
+    init = config.init_lora_weights
+    if init is not None and init not in PLAIN_INITS and not own_base:
+        return f"init_lora_weights {shown(init)} changed the base weight as well"
     for key, value in unknown_keys(config).items():
         if value:
             return f"the option {shown(key)} ({kind_of(value)}) is not known"
     if scaling is None:
         return "lora_alpha is unknown"
-    if flags[0] == "parameter" and rank_of(config, target.module) is None:
+    if target.kind.partition("+")[0] == "parameter" and rank_of(config, target.module) is None:
         return "the rank of one expert is unknown"
     return ""

@@ -115,6 +115,7 @@ def describe(
         config=config,
         base=base,
         parents=tuple(parents),
+        recipe=source.recipe,
     )
     manifest.check()
     adapter = adapter_of(manifest, source.config, layouts, peft_version=source.peft_version, model=model)

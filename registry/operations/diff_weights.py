@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from registry.catalog.contents import StoredComponent
-from registry.core.layout import Layout
 from registry.merge.lora_modules import LoraModule, update_of
 from registry.merge.low_rank import cosine_of, distance, inner_product, norm
 from registry.operations.diff_components import Pair, is_counted, largest_first
 from registry.operations.difference import ComponentDifference, ModuleDifference, Norms, TensorDifference
 from registry.operations.load import read_tensors
+from registry.operations.merging.sources import only
 from registry.operations.reading import BlobReader
 from registry.store.interface import BlobStore
 
@@ -123,20 +123,9 @@ def _read(
         if size >= BATCH_BYTES or place == len(wanted) - 1:
             with BlobReader(blobs) as reader:
                 mine, others = (
-                    read_tensors(reader, _only(component, {name for pair in batch for name in pair[side]}))
+                    read_tensors(reader, only(component, {name for pair in batch for name in pair[side]}))
                     for side, component in enumerate((one, two))
                 )
             for names_a, names_b in batch:
                 yield {name: mine[name] for name in names_a}, {name: others[name] for name in names_b}
             batch, size = [], 0
-
-
-def _only(component: StoredComponent, names: set[str]) -> StoredComponent:
-    """The component less all tensors but these."""
-    kept = [place for place, spec in enumerate(component.layout) if spec.name in names]
-    return replace(
-        component,
-        layout=Layout(tuple(component.layout.tensors[place] for place in kept)),
-        tensors=tuple(component.tensors[place] for place in kept),
-        places=tuple(component.places[place] for place in kept),
-    )

@@ -4,14 +4,15 @@ threads that hold no lock while they work."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 
 from blake3 import blake3
 
 from registry.core.digest import tensor_hasher
-from registry.formats.source import TensorFile
+from registry.core.errors import DigestMismatch
+from registry.formats.source import MadeFile, TensorFile
 
 INLINE_BYTES = 1 << 16
 """Chunks below this are hashed where they are: handing them to a thread costs more."""
@@ -97,6 +98,67 @@ class FileHasher:
         hasher.update(chunk)
         if self._whole is not None:
             self._whole.update(chunk)
+
+
+class MadeHasher:
+    """Hashes a file of which some tensors are made, while a store takes these; `digests` is set when `chunks` is used
+    up. Of what is stored already the bytes are held against their digests.
+
+    Args:
+        head: what comes before the made tensors.
+    """
+
+    def __init__(self, file: MadeFile, head: bytes) -> None:
+        self._file = file
+        self._head = head
+        self._digests: FileDigests | None = None
+
+    @property
+    def digests(self) -> FileDigests:
+        if self._digests is None:
+            raise RuntimeError("the file was not read to its end")
+        return self._digests
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The head, and the made tensors in their order.
+
+        Raises:
+            DigestMismatch: a stored tensor is damaged.
+        """
+        from registry.formats.rounding import ROUNDED_DTYPES, RoundedHasher
+
+        file = self._file
+        whole = sha256(file.head)
+        tensors: list[str] = []
+        nonfinite = []
+        yield memoryview(self._head)
+        with ThreadPoolExecutor(max_workers=2, thread_name_prefix="registry-hash") as pool:
+            for ordinal, spec in enumerate(file.layout):
+                hasher = tensor_hasher(spec.dtype, spec.shape)
+                stored = file.stored.get(ordinal)
+                suspicious = nonfinite_test(spec.dtype)
+                rounded = RoundedHasher(spec) if stored is None and spec.dtype in ROUNDED_DTYPES else None
+                found = False
+                for chunk in file.tensor(ordinal):
+                    working: list[Future[object]] = [pool.submit(whole.update, chunk), pool.submit(hasher.update, chunk)]
+                    if rounded is not None:
+                        working.append(pool.submit(rounded.update, chunk))
+                    try:
+                        found = found or (suspicious is not None and suspicious(chunk))
+                        if stored is None:
+                            yield chunk
+                    finally:
+                        for one in working:
+                            one.result()
+                tensors.append(hasher.hexdigest())
+                if stored is not None and stored.tensor != tensors[-1]:
+                    what = f"tensor {spec.name} in blob {stored.blob}"
+                    raise DigestMismatch(what, expected=stored.tensor, actual=tensors[-1])
+                if rounded is not None:
+                    file.rounded[ordinal] = rounded.hexdigest()
+                if found:
+                    nonfinite.append(ordinal)
+        self._digests = FileDigests(whole.hexdigest(), tuple(tensors), tuple(nonfinite))
 
 
 def hash_file(file: TensorFile) -> FileDigests:

@@ -72,6 +72,7 @@ class Rebuilt:
             digest=self.manifest.digest,
             environment=self.past.environment,
             said=self.past.said,
+            recipe=self.manifest.recipe,
         )
 
     def describe(self) -> Description:

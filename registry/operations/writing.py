@@ -13,9 +13,9 @@ from registry.core.errors import BlobNotFound, InUse, InvalidInput
 from registry.core.layout import Layout
 from registry.core.placement import FilePlacement, Placement, Splice
 from registry.core.safetensors_header import build_header
-from registry.formats.source import Source, TensorFile
+from registry.formats.source import MadeFile, Source, TensorFile
 from registry.operations.context import Context
-from registry.operations.hashing import FileDigests, FileHasher, hash_file, hash_tensor
+from registry.operations.hashing import FileDigests, FileHasher, MadeHasher, hash_file, hash_tensor
 from registry.operations.reuse import NOTHING_STORED, Plan, plan_reuse
 from registry.store.interface import BlobBatch, StoredBlob
 
@@ -34,12 +34,14 @@ class WrittenFile:
 
     Attributes:
         staged: the whole file, where that pass wrote it into the batch already.
+        staged_new: its new tensors as one file, where that pass wrote these.
     """
 
     file: TensorFile
     digests: FileDigests
     plan: Plan
     staged: StoredBlob | None
+    staged_new: StoredBlob | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,9 @@ def digest_files(
     costs time only. Of an external version nothing is written."""
     written = []
     for file in source.tensor_files:
+        if isinstance(file, MadeFile):
+            written.append(_write_made(file, batch))
+            continue
         staged: StoredBlob | None = None
         streamed = file.size >= STREAM_MIN_BYTES and file.safetensors_head is not None and not external
         if streamed and not _seems_stored(context, file, base_tensors):
@@ -95,6 +100,26 @@ def digest_files(
             staged = None
         written.append(WrittenFile(file, digests, plan, staged))
     return written
+
+
+def _write_made(file: MadeFile, batch: BlobBatch) -> WrittenFile:
+    """Writes the tensors that are made into the batch, in the one pass in which they are."""
+    new = tuple(ordinal for ordinal in range(len(file.layout)) if ordinal not in file.stored)
+    reused = {at: StoredTensor(one.blob, one.ordinal, one.blob_size) for at, one in file.stored.items()}
+    hasher = MadeHasher(file, file.head if not reused else build_header(_some(file.layout, new)))
+    plan = Plan(reused, {}, new)
+    if not new:
+        for _ in hasher.chunks():  # it holds what is stored against its digests
+            pass
+        return WrittenFile(file, hasher.digests, plan, None)
+    staged = batch.put(hasher.chunks())
+    if not reused:
+        return WrittenFile(file, hasher.digests, plan, staged)
+    return WrittenFile(file, hasher.digests, plan, None, staged)
+
+
+def _some(layout: Layout, ordinals: Sequence[int]) -> Layout:
+    return Layout(tuple(layout.tensors[ordinal] for ordinal in ordinals))
 
 
 def write_plain_files(source: Source, batch: BlobBatch) -> list[WrittenPlainFile]:
@@ -255,12 +280,14 @@ class _Writer:
         if file.safetensors_head is not None:
             known = self._context.store.blobs.contains(digests.sha256)
             if plan.whole or known:
+                if written.staged_new is not None:
+                    self._batch.discard(written.staged_new)
                 position = self._tensors_blob(self.whole_file(written), file.layout, digests.tensors)
                 return _FilePlace(tuple((position, ordinal) for ordinal in range(len(file.layout))), blob=position)
         where: dict[int, tuple[int, int]] = {}
         if plan.new:
-            layout = Layout(tuple(file.layout.tensors[ordinal] for ordinal in plan.new))
-            stored = self._batch.put(_new_tensors(file, digests, plan, layout))
+            layout = _some(file.layout, plan.new)
+            stored = written.staged_new or self._batch.put(_new_tensors(file, digests, plan, layout))
             position = self._tensors_blob(stored, layout, [digests.tensors[ordinal] for ordinal in plan.new])
             where = {ordinal: (position, place) for place, ordinal in enumerate(plan.new)}
         for ordinal, reused in plan.reused.items():

@@ -47,6 +47,12 @@ def test_every_example_runs(run: Run, here: Path, artifacts: Path, name: str) ->
     shutil.copytree(artifacts / "first", here / "out")
     if name == "import":
         assert run("export", "walk/perturb:prod", "--to", "perturb.tar").code == 0
+    before = {
+        "remerge": ("merge", "walk/perturb@1", "walk/perturb@2", "-o", "walk/both"),
+        "extract": ("merge", "walk/perturb:prod", "--into-base", "-o", "walk/perturbed"),
+    }
+    if name in before:
+        assert run(*before[name]).code == 0
     for words in examples(name):
         if any(word.startswith("postgresql://") for word in words):
             continue  # tested on a server in test_places.py

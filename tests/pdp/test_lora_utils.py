@@ -176,10 +176,69 @@ def test_alpha_moves_from_the_base_to_the_lora_in_a_straight_line() -> None:
             assert torch.allclose(found[name].double(), expected, atol=1e-7, rtol=0), name
 
 
-@pytest.mark.parametrize("options", [{"use_rslora": True}, {"use_dora": True}, {"alpha_pattern": {"q_proj": 32}}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"alpha_pattern": {"q_proj": 32}},
+        {"lora_bias": True},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora", "use_dora": True},
+    ],
+    ids=str,
+)
 def test_variants_are_merged_as_they_compute(options: dict[str, Any]) -> None:
     model = lora(**options)
+    before = copy.deepcopy(model)
     assert close(output(merge_lora_weights(model)), output(model), at_most=2e-6)
+    without = output(merge_lora_weights(model, alpha=0))
+    with model.lora_model.disable_adapter():
+        assert torch.equal(without, output(model))
+    assert same_tensors(model, before)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.3, -2.0])
+def test_a_network_in_bf16_is_rounded_once(alpha: float) -> None:
+    model = lora(network().bfloat16())
+    merged = merge_lora_weights(model, alpha)
+    for path in model.get_targeted_modules():
+        layer: Any = model.base_model.get_submodule(path)
+        down, up = (part["default"].weight.double() for part in (layer.lora_A, layer.lora_B))
+        exact = layer.get_base_layer().weight.double() + alpha * layer.scaling["default"] * (up @ down)
+        found = merged.get_submodule(path).weight
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, exact.bfloat16())
+
+
+def test_a_layer_that_is_scaled_otherwise_than_its_configuration_is_merged_as_it_computes() -> None:
+    model = lora()
+    first: Any = model.base_model.get_submodule(model.get_targeted_modules()[0])
+    first.scale_layer(3.0)
+    assert close(output(merge_lora_weights(model)), output(model))
+
+
+def test_of_two_layers_with_one_weight_only_the_one_with_the_lora_is_changed() -> None:
+    base = network()
+    attention: Any = next(module for module in base.modules() if hasattr(module, "q_proj"))
+    attention.k_proj.weight = attention.q_proj.weight
+    model = lora(base, target_modules=["q_proj"])
+    assert close(output(merge_lora_weights(model)), output(model))
+
+
+def test_a_lora_that_is_not_finite_or_has_no_place_is_named_with_its_layer() -> None:
+    model = lora()
+    path = model.get_targeted_modules()[1]
+    layer: Any = model.base_model.get_submodule(path)
+    with torch.no_grad():
+        layer.lora_B["default"].weight[0, 0] = float("nan")
+    with pytest.raises(InvalidInput, match=f"{path}: a factor holds NaN or Inf"):
+        merge_lora_weights(model)
+    biased = lora(lora_bias=True)
+    layer = biased.base_model.get_submodule(path)
+    layer.get_base_layer().bias = None
+    with pytest.raises(InvalidInput, match=f"{path}: the adapter has a bias"):
+        merge_lora_weights(biased)
 
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf"), "1", True])

@@ -33,6 +33,26 @@ METHODS: dict[str, tuple[str, str]] = {
 }
 """name -> (module of this package, what it does)."""
 
+OPTIONS: dict[str, tuple[OptionName, ...]] = {
+    "cat": (),
+    "svd": (),
+    "slerp": (),
+    "knots": ("density", "majority", "inner", "seed"),
+    "tsv": (),
+    "ties": ("density", "majority"),
+    "dare_linear": ("density", "seed"),
+    "dare_ties": ("density", "majority", "seed"),
+    "magnitude_prune": ("density",),
+    "linear": (),
+    "ties_factors": ("density", "majority"),
+    "dare_linear_factors": ("density", "seed"),
+    "dare_ties_factors": ("density", "majority", "seed"),
+    "magnitude_prune_factors": ("density",),
+}
+"""name -> the parameters that it reads; a test holds this against the methods."""
+DENSE = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+"""Methods that make dense updates, whose result becomes an adapter by an SVD."""
+
 
 def find_method(name: str) -> Method:
     """The method of a name.
@@ -41,9 +61,14 @@ def find_method(name: str) -> Method:
         InvalidInput: there is none; with the nearest.
     """
     if name not in METHODS:
-        near = get_close_matches(name, METHODS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise InvalidInput(f"no merging method '{shown(name)}'{hint} There are {', '.join(METHODS)}")
+        raise unknown(name)
     module = import_module(f"{__name__}.{METHODS[name][0]}")
     found: Method = getattr(module, name)
     return found
+
+
+def unknown(name: str) -> InvalidInput:
+    """What is said of a name that is no method's."""
+    near = get_close_matches(name, METHODS, 1)
+    hint = f"; did you mean {near[0]}?" if near else "."
+    return InvalidInput(f"no merging method '{shown(name)}'{hint} There are {', '.join(METHODS)}")

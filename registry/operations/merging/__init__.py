@@ -1,0 +1,1 @@
+"""Merging, extraction and similarity of stored versions: reading sources, planning, computing, recipes."""

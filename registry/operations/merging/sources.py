@@ -1,0 +1,163 @@
+"""The adapters that go into a merge: resolved in one snapshot of the catalog, their modules with factors, and what they
+bring beside these (whole copies of modules, trained tokens). Their tensors are mapped and proven when they are asked
+for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Connection
+
+from registry.catalog.contents import Contents, StoredComponent, read_contents
+from registry.catalog.search import Search, find_ids
+from registry.catalog.versions import VersionRecord, records, resolve
+from registry.compat.case import AdapterSide
+from registry.core.adapter_names import Target
+from registry.core.errors import InvalidInput, NotStored
+from registry.core.layout import Layout
+from registry.core.query import parse_where
+from registry.core.reference import parse_reference, shown
+from registry.merge.lora_modules import LoraModule, lora_modules
+from registry.operations.context import Context
+from registry.operations.reading import BlobReader
+from registry.operations.sides import Sides
+from registry.store.interface import BlobStore
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MOST_SOURCES = 1000
+
+
+@dataclass(frozen=True)
+class MergeSource:
+    """One adapter of a merge.
+
+    Attributes:
+        side: as the rules of `registry.compat` see it.
+        base_id: row id of the base that it was trained on; None: not recorded.
+    """
+
+    record: VersionRecord
+    side: AdapterSide
+    contents: Contents
+    base_id: int | None
+
+    @property
+    def reference(self) -> str:
+        return self.record.reference
+
+    @cached_property
+    def modules(self) -> Mapping[str, LoraModule]:
+        return lora_modules(self.side.layout, self.side.config)
+
+    @cached_property
+    def component(self) -> StoredComponent:
+        """The state dict that has the adapter's tensors."""
+        found = self.contents.components
+        return found["adapter"] if "adapter" in found else found["model"]
+
+    @cached_property
+    def beside(self) -> Layout:
+        """Tensors that belong to no module with factors: whole copies, biases, trained tokens."""
+        taken = {name for module in self.modules.values() for name in module.tensors}
+        return Layout(tuple(spec for spec in self.side.layout if spec.name not in taken))
+
+    @cached_property
+    def copies(self) -> tuple[Target, ...]:
+        """The targets that these tensors are of."""
+        return tuple(one for one in self.side.targets if not one.rank or "+full" in one.kind)
+
+
+def find_sources(
+    context: Context, connection: Connection, references: Sequence[str], where: Sequence[str]
+) -> list[int]:
+    """Row ids of the sources, by reference and by query, in this order.
+
+    Raises:
+        InvalidInput: there are none, too many, or one is given twice.
+        InvalidQuery, InvalidReference, NotFound
+    """
+    ids: dict[int, str] = {}
+    for reference in references:
+        key = resolve(connection, parse_reference(reference))
+        if key.id in ids:
+            raise InvalidInput(
+                f"{shown(reference, 200)} and {shown(ids[key.id], 200)} are one version; give it once, with the sum of "
+                "its weights"
+            )
+        ids[key.id] = reference
+    if where:
+        found = find_ids(connection, Search(kind="adapter", where=parse_where(where), limit=MOST_SOURCES + 1))
+        if not found:
+            raise InvalidInput(
+                f"no adapter satisfies {shown(' and '.join(where), 300)}; 'registry list' takes the same"
+            )
+        for one in found:
+            ids.setdefault(one, "the query")
+    if not ids:
+        raise InvalidInput("no source to merge: give references, or a query with --where")
+    if len(ids) > MOST_SOURCES:
+        raise InvalidInput(f"{len(ids)} sources; {MOST_SOURCES} is the most: narrow the query down")
+    return list(ids)
+
+
+def read_sources(
+    context: Context, connection: Connection, ids: Sequence[int], what: str = "a merge"
+) -> list[MergeSource]:
+    """The adapters with these row ids, in their order.
+
+    Args:
+        what: needs their bytes, for messages.
+
+    Raises:
+        InvalidInput: a version that holds no adapter.
+        NotStored: one that is recorded without its bytes.
+    """
+    sides = Sides(context, connection)
+    found = []
+    for one, record in zip(ids, records(connection, ids), strict=True):
+        if record.kind == "base":
+            raise InvalidInput(f"{record.reference} is a base; {what} takes adapters (--into-base takes the base)")
+        contents = read_contents(connection, one)
+        if contents.external:
+            raise NotStored(f"{record.reference} is recorded without its bytes, which {what} reads; push it again")
+        found.append(MergeSource(record, sides.adapter(one), contents, sides.base(one)))
+    return found
+
+
+class SourceTensors:
+    """The tensors of sources, mapped from their blobs and proven as they are asked for; close it after use."""
+
+    def __init__(self, blobs: BlobStore) -> None:
+        self._reader = BlobReader(blobs)
+
+    def __enter__(self) -> SourceTensors:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._reader.__exit__(*exc)
+
+    def read(self, component: StoredComponent, names: Iterable[str]) -> dict[str, Tensor]:
+        """Some tensors of a component, by name.
+
+        Raises:
+            DigestMismatch, BlobNotFound, Corrupt, UnsupportedTensor
+        """
+        from registry.operations.load import read_tensors
+
+        return read_tensors(self._reader, only(component, set(names)))
+
+
+def only(component: StoredComponent, names: set[str]) -> StoredComponent:
+    """The component less all tensors but these."""
+    kept = [place for place, spec in enumerate(component.layout) if spec.name in names]
+    return replace(
+        component,
+        layout=Layout(tuple(component.layout.tensors[place] for place in kept)),
+        tensors=tuple(component.tensors[place] for place in kept),
+        places=tuple(component.places[place] for place in kept),
+    )
