@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from registry.core.architecture import Architecture
     from registry.operations.difference import Difference
     from registry.operations.fitting import Fit
+    from registry.operations.merging.similarity import Similarity
 
 
 class Questions:
@@ -202,6 +203,25 @@ class Questions:
         from registry.operations.checking import swap_groups
 
         return swap_groups(self._context, references)
+
+    def similarity(self, references: Sequence[str], *, where: str | Sequence[str] = ()) -> Similarity:
+        """How alike the updates of adapters are, pair by pair and module by module: which of them will interfere when
+        they are merged.
+
+        Args:
+            references: two or more.
+            where: more of them, in the language of `find`.
+
+        Raises:
+            InvalidInput: fewer than two, one twice, or one that is no LoRA or holds NaN.
+            ShapeMismatch: two of them disagree about the sizes of a module.
+            NotStored: one is recorded without its bytes.
+            InvalidReference, NotFound, DigestMismatch, Corrupt
+        """
+        from registry.operations.merging.similarity import similarity
+
+        asked = [where] if isinstance(where, str) else list(where)
+        return similarity(self._context, references, asked)
 
     def log(self, reference: str) -> Lineage:
         """The versions that one came from, and those that came from it.

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from registry.core.errors import RegistryNotFound
 from registry.core.event import Event
 from registry.core.findings import Finding
+from registry.merging import Merging
 from registry.operations import annotate, discover, inspect, tagging
 from registry.operations.context import Context
 from registry.operations.discover import Location
 from registry.operations.inspect import Details, Lineage
 from registry.operations.version import Version, as_version
-from registry.merging import Merging
 from registry.questions import Questions
 from registry.transfer import Transfer
 from registry.upkeep import Upkeep

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import Any
 
 from blake3 import blake3
 
@@ -140,9 +141,8 @@ class MadeHasher:
                 rounded = RoundedHasher(spec) if stored is None and spec.dtype in ROUNDED_DTYPES else None
                 found = False
                 for chunk in file.tensor(ordinal):
-                    working: list[Future[object]] = [pool.submit(whole.update, chunk), pool.submit(hasher.update, chunk)]
-                    if rounded is not None:
-                        working.append(pool.submit(rounded.update, chunk))
+                    hashers: list[Any] = [whole, hasher, *([] if rounded is None else [rounded])]
+                    working: list[Future[object]] = [pool.submit(one.update, chunk) for one in hashers]
                     try:
                         found = found or (suspicious is not None and suspicious(chunk))
                         if stored is None:

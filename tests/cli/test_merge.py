@@ -26,7 +26,9 @@ def test_the_same_merge_again_says_that_nothing_was_computed(run: Run, here: Pat
 
 
 def test_a_query_and_the_table_of_modules(run: Run, here: Path) -> None:
-    ran = run("merge", "--where", "base = walk/base", "-o", "walk/all", "--method", "svd", "--energy", "0.9", "--modules")
+    ran = run(
+        "merge", "--where", "base = walk/base", "-o", "walk/all", "--method", "svd", "--energy", "0.9", "--modules"
+    )
     assert ran.code == 0
     assert "2 sources" in ran.out.splitlines()[0]
     assert any(line.startswith("MODULE") for line in ran.out.splitlines())
@@ -61,7 +63,7 @@ def test_wrong_usage_and_refusals_have_their_exit_codes(run: Run, here: Path) ->
         (("walk/perturb@1",), 2, "--output"),
         (("walk/perturb@1", "-o", "walk/m", "--weights", "x"), 2, "expected numbers"),
         (("walk/perturb@1", "-o", "walk/m", "--module-weights", "x"), 2, "GLOB=W"),
-        (("-o", "walk/m"), 3, "no source to merge"),
+        (("-o", "walk/m"), 3, "no source: give references"),
         (("walk/perturb@1", "-o", "walk/m", "--method", "tise"), 3, "did you mean ties"),
         (("walk/perturb@1", "-o", "walk/m:latest"), 3, "latest"),
         (("walk/nobody", "-o", "walk/m"), 4, "walk/nobody"),

@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def group(
     out: int = OUT,
     columns: int = IN,
     weights: Sequence[float] | None = None,
-    **options: object,
+    **options: Any,
 ) -> Group:
     """Random updates of unequal ranks, with scalings and weights that differ by source and by matrix."""
     n = len(ranks)
@@ -54,11 +55,11 @@ def group(
         normal(number + 3, n, batch) if weights is None else torch.tensor(weights, dtype=torch.float64)[:, None]
     )
     keys = tuple(f"layers.{matrix}.q#0" for matrix in range(batch))
-    made = Options(**options)  # type: ignore[arg-type]
+    made = Options(**options)
     return Group(updates, scalings, given_weights.expand(n, batch).contiguous(), keys, tuple(range(n)), made)
 
 
-def group_for(name: str, number: int = 0, **options: object) -> Group:
+def group_for(name: str, number: int = 0, **options: Any) -> Group:
     """A group that the method takes, of as many sources as can be."""
     if name == "slerp":
         return group(number, (2, 3), weights=(0.3, 0.9), **options)

@@ -4,6 +4,7 @@ tensor, on the updates by their products."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -63,14 +64,14 @@ def factors(model: nn.Module, path: str, name: str) -> tuple[Tensor, Tensor]:
     return layer.lora_A[name].weight.data, layer.lora_B[name].weight.data
 
 
-def group_of(model: nn.Module, path: str, names: Sequence[str] = NAMES, **options: object) -> Group:
+def group_of(model: nn.Module, path: str, names: Sequence[str] = NAMES, **options: Any) -> Group:
     updates = tuple(LowRank(a[None], b[None]) for a, b in (factors(model, path, name) for name in names))
     scalings, weights = (torch.tensor(one[: len(names)])[:, None] for one in (SCALINGS, WEIGHTS))
-    made = Options(**options)  # type: ignore[arg-type]
+    made = Options(**options)
     return Group(updates, scalings, weights, (path,), tuple(range(len(names))), made)
 
 
-def by_peft(model: nn.Module, kind: str, **options: object) -> None:
+def by_peft(model: nn.Module, kind: str, **options: Any) -> None:
     """The adapter `merged`, made by PEFT."""
     model.base_model.add_weighted_adapter(list(NAMES), list(WEIGHTS), "merged", combination_type=kind, **options)
 
@@ -111,7 +112,7 @@ def masks(path: str, parts: Sequence[tuple[str, int]], density: float, seed: int
 # ---------------------------------------------------------------- on the factors
 
 
-def assert_factors_are_those_of_peft(model: nn.Module, method: str, **options: object) -> None:
+def assert_factors_are_those_of_peft(model: nn.Module, method: str, **options: Any) -> None:
     for path in LAYERS:
         ours = find_method(method).function(group_of(model, path, **options))
         assert isinstance(ours, LowRank)
@@ -161,7 +162,7 @@ def test_dare_on_factors_is_that_of_peft_where_the_masks_are_the_same(
 # ---------------------------------------------------------------- on the updates
 
 
-def assert_update_is_that_of_peft(model: nn.Module, method: str, **options: object) -> None:
+def assert_update_is_that_of_peft(model: nn.Module, method: str, **options: Any) -> None:
     for path in LAYERS:
         ours = find_method(method).function(group_of(model, path, **options))
         assert isinstance(ours, Tensor)

@@ -154,9 +154,7 @@ def test_disjoint_targets_keep_each_its_own_update(team: Registry) -> None:
 def test_an_identity_merge_of_an_rslora_adapter_is_the_identity_where_pefts_is_not(team: Registry) -> None:
     team.merge(["walk/b"], "walk/same")
     for path in QV:
-        torch.testing.assert_close(
-            delta(team, "walk/same", path), delta(team, "walk/b", path), rtol=1e-5, atol=1e-6
-        )
+        torch.testing.assert_close(delta(team, "walk/same", path), delta(team, "walk/b", path), rtol=1e-5, atol=1e-6)
     model = team.load("walk/b", walker())
     model.add_weighted_adapter(["default"], [1.0], "again", combination_type="cat")
     layer = model.base_model.model.q_proj
@@ -249,7 +247,11 @@ def test_a_query_names_the_sources(team: Registry) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"method": "dare_ties", "density": 0.5, "rank": 4, "seed": 9}, {"method": "ties", "density": 0.3, "energy": 0.9}],
+    [
+        {},
+        {"method": "dare_ties", "density": 0.5, "rank": 4, "seed": 9},
+        {"method": "ties", "density": 0.3, "energy": 0.9},
+    ],
 )
 def test_remerge_is_bit_equal_and_stores_nothing(team: Registry, root: Path, options: dict[str, Any]) -> None:
     team.merge(WEIGHTS, "walk/all", **options)
@@ -459,7 +461,7 @@ def test_lora_biases_are_added_with_their_weights(team: Registry) -> None:
 def test_bad_input_is_refused_with_its_reason_and_nothing_is_stored(team: Registry, root: Path) -> None:
     before = sorted(root.rglob("*"))
     for options, reason in (
-        ({"sources": []}, "no source to merge"),
+        ({"sources": []}, "no source: give references"),
         ({"sources": ["walk/a", "walk/a@1"]}, "are one version"),
         ({"sources": ["walk/a", "walk/b"], "weights": [1]}, "1 weights for 2 sources"),
         ({"sources": {"walk/a": float("nan")}}, "expected a finite number"),
@@ -528,5 +530,3 @@ def test_a_read_only_registry_refuses_before_anything_is_read(team: Registry, mo
     monkeypatch.setattr(type(team._context), "writable", property(lambda self: False))
     with pytest.raises(ReadOnly):
         team.merge(["walk/a"], "walk/m")
-
-

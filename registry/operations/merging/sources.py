@@ -99,7 +99,7 @@ def find_sources(
         for one in found:
             ids.setdefault(one, "the query")
     if not ids:
-        raise InvalidInput("no source to merge: give references, or a query with --where")
+        raise InvalidInput("no source: give references, or a query with --where")
     if len(ids) > MOST_SOURCES:
         raise InvalidInput(f"{len(ids)} sources; {MOST_SOURCES} is the most: narrow the query down")
     return list(ids)
