@@ -175,9 +175,10 @@ def dense_slerp(x: Tensor, y: Tensor, t: float) -> Tensor:
     return (math.sin((1 - t) * angle) * x + math.sin(t * angle) * y) / math.sin(angle)
 
 
-@given(SEEDS, st.floats(0, 3), st.floats(0.01, 3))
-def test_slerp_is_that_of_the_dense_updates(seed: int, first: float, second: float) -> None:
+@given(SEEDS, st.floats(0, 3), st.floats(0.01, 3), st.sampled_from([1.0, -1.0, 0.0]))
+def test_slerp_is_that_of_the_dense_updates(seed: int, first: float, second: float, scaling: float) -> None:
     of = group(seed, (2, 4), weights=(first, second))
+    of.scalings[1] *= scaling
     for matrix, found in enumerate(merged("slerp", of)):
         x, y = deltas(of, matrix)
         assert_close(found, dense_slerp(x, y, second / (first + second)))
@@ -206,11 +207,24 @@ def test_slerp_goes_straight_between_parallel_opposite_and_zero_updates() -> Non
         assert_close(found, 0.25 * x + 0.75 * y, 1e-14)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_slerp_takes_an_update_that_is_only_rounding_for_zero(seed: int) -> None:
+    of = group(seed, (2, 3), weights=(0.25, 0.75))
+    a, b = normal(seed, 2, 1, IN).expand(-1, 3, -1), of.updates[1].b / 3
+    b[:, :, 2] = -(b[:, :, 0] + b[:, :, 1])
+    of = replace(of, updates=(of.updates[0], LowRank(a, b)))
+    for matrix, found in enumerate(merged("slerp", of)):
+        x, y = deltas(of, matrix)
+        assert float(y.norm()) < 1e-14
+        assert_close(found, 0.25 * x, 1e-13)
+
+
 def test_slerp_of_one_source_is_its_share() -> None:
     of = group(5, (2, 2), weights=(0.3, 0.7))
     alone = sources_of(of, [1])
     expected = torch.stack([0.7 * deltas(of, matrix)[1] for matrix in range(2)])
     assert_close(merged("slerp", alone), expected, 1e-14)
+    assert float(merged("slerp", replace(alone, weights=0 * alone.weights)).abs().max()) == 0
     nothing = replace(of, updates=(LowRank(of.updates[0].a, 0 * of.updates[0].b), of.updates[1]))
     assert_close(merged("slerp", nothing), expected, 1e-14)
 
@@ -423,6 +437,16 @@ def test_a_sample_that_misleads_costs_time_alone(bracket: tuple[float, float], m
     monkeypatch.setattr(elementwise, "_bracket", lambda values, k: tuple(map(torch.tensor, bracket)))
     values = normal(1, 300_000).abs()
     assert torch.equal(kth_largest(values, 290_000), values.sort(descending=True).values[289_999])
+
+
+@pytest.mark.parametrize("first", [-3, -2, -1, 0, 1])
+@pytest.mark.parametrize("width", [0, 1, 2])
+def test_a_bracket_may_end_at_what_is_looked_for(first: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    values, k = normal(2, 300_000).abs(), 1000
+    ranked = values.sort(descending=True).values
+    at = k - 1 + first
+    monkeypatch.setattr(elementwise, "_bracket", lambda values, k: (ranked[at + width], ranked[at]))
+    assert torch.equal(kth_largest(values, k), ranked[k - 1])
 
 
 def test_the_kth_largest_is_selected_from_few(monkeypatch: pytest.MonkeyPatch) -> None:
