@@ -93,11 +93,12 @@ def merge_command(
     found, and 'registry remerge' computes it once more.
     """
     numbers = None if weights is None else _numbers(weights, "--weights")
-    by_module = {}
+    by_module: dict[str, list[float]] = {}
     for one in module_weights:
         pattern, equals, given = one.rpartition("=")
         if not equals or not pattern:
             raise click.UsageError(f"--module-weights: expected GLOB=W,W,..., found {escaped(one)!r}")
+        by_module.pop(pattern, None)  # the last one counts
         by_module[pattern] = _numbers(given, "--module-weights")
     with opened(options) as registry, waiting("merging"):
         result = registry.merge(

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from threading import RLock
 from typing import BinaryIO
 
 from registry.catalog.contents import Contents, StoredComponent, StoredFile
@@ -28,12 +29,14 @@ class OpenBlob:
 
 
 class BlobReader:
-    """Opens each safetensors blob once and gives the bytes of its tensors; close it after use."""
+    """Opens each safetensors blob once and gives the bytes of its tensors, to several threads if need be; close it
+    after use."""
 
     def __init__(self, blobs: BlobStore) -> None:
         self._blobs = blobs
         self._open: dict[str, OpenBlob] = {}
         self._stack = ExitStack()
+        self._lock = RLock()
 
     def __enter__(self) -> BlobReader:
         return self
@@ -46,16 +49,17 @@ class BlobReader:
         Raises:
             BlobNotFound, Corrupt
         """
-        if digest not in self._open:
-            file = self._stack.enter_context(self._blobs.open(digest))
-            try:
-                with storage_errors(f"read blob {digest}", writing=False):
-                    header, _ = read_header(file, file_size=self._blobs.size(digest), what=f"blob {digest}")
-            except MalformedTensors as error:
-                found = str(error).partition(";")[0]  # its mend is for a file that somebody has elsewhere
-                raise Corrupt(f"{found}; the blob is damaged: put it back from a copy of the store") from error
-            self._open[digest] = OpenBlob(digest, file, header)
-        return self._open[digest]
+        with self._lock:
+            if digest not in self._open:
+                file = self._stack.enter_context(self._blobs.open(digest))
+                try:
+                    with storage_errors(f"read blob {digest}", writing=False):
+                        header, _ = read_header(file, file_size=self._blobs.size(digest), what=f"blob {digest}")
+                except MalformedTensors as error:
+                    found = str(error).partition(";")[0]  # its mend is for a file that somebody has elsewhere
+                    raise Corrupt(f"{found}; the blob is damaged: put it back from a copy of the store") from error
+                self._open[digest] = OpenBlob(digest, file, header)
+            return self._open[digest]
 
     def path(self, digest: str) -> Path:
         return self._blobs.local_path(digest)
@@ -66,12 +70,14 @@ class BlobReader:
         if ordinal >= len(opened.header.offsets):
             raise Corrupt(f"blob {digest} has {len(opened.header.offsets)} tensors, none with ordinal {ordinal}")
         begin, end = opened.header.offsets[ordinal]
-        opened.file.seek(opened.header.size + begin)
-        left = end - begin
+        at, left = opened.header.size + begin, end - begin
         while left:
-            chunk = _read(opened.file, min(left, CHUNK_BYTES), digest)
+            with self._lock:  # one position for all who read of this blob
+                opened.file.seek(at)
+                chunk = _read(opened.file, min(left, CHUNK_BYTES), digest)
             if not chunk:
                 raise Corrupt(f"blob {digest} is shorter than its header says")
+            at += len(chunk)
             left -= len(chunk)
             yield chunk
 

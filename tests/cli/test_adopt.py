@@ -117,6 +117,7 @@ def test_a_hostile_name_steers_no_terminal(run: Run, here: Path, tree: Path) -> 
     assert "\\x1b[31mred\\u202e" in ran.out
 
 
+@pytest.mark.exhaustive
 def test_an_interrupted_adoption_says_how_it_goes_on(here: Path, tree: Path, tmp_path: Path) -> None:
     for number in range(100):
         write_adapter(tree / f"more-{number}", seed=1000 + number)

@@ -157,7 +157,9 @@ def test_a_gc_that_is_killed_at_any_stage_is_ended_by_the_next(template: Path) -
     print(succeeds_alone(killed_collections, template, timeout=300))
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "after", [pytest.param(False, id="before"), pytest.param(True, id="after", marks=pytest.mark.exhaustive)]
+)
 def test_a_gc_that_is_interrupted_at_any_stage_gives_its_lease_back(
     template: Path, tmp_path: Path, after: bool
 ) -> None:

@@ -107,6 +107,7 @@ def interrupted_inits() -> None:
         print(number)
 
 
+@pytest.mark.exhaustive
 def test_an_init_that_is_interrupted_at_any_stage_can_be_done_again() -> None:
     print(succeeds_alone(interrupted_inits))
 

@@ -181,6 +181,7 @@ class TestInit:
             assert registry.push(tensor_file(tmp_path / "model.safetensors"), "walk/new").created
         assert os.listdir(tmp_path / "registry" / "tmp") == []
 
+    @pytest.mark.exhaustive
     def test_that_was_killed_at_any_stage_can_be_done_again(self) -> None:
         print(succeeds_alone(killed_inits))
 

@@ -311,7 +311,7 @@ def pickled(folder: Path, *, shards: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("shards", [pytest.param(1, marks=pytest.mark.exhaustive), 3])
 def test_a_model_in_pickles_comes_back_and_shares_its_tensors(shards: int, registry: Registry, tmp_path: Path) -> None:
     folder = save_model("tied llama", tmp_path / "model")
     registry.push(folder, "walk/safe")

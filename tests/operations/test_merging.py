@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from registry import Incompatible, InvalidInput, NotFound, Registry
+from registry import Incompatible, InvalidInput, NotFound, Registry, RegistryError
 from registry.core.errors import ReadOnly, ShapeMismatch
 from tests.operations.models import steps, walker, zoo
 
@@ -530,3 +530,196 @@ def test_a_read_only_registry_refuses_before_anything_is_read(team: Registry, mo
     monkeypatch.setattr(type(team._context), "writable", property(lambda self: False))
     with pytest.raises(ReadOnly):
         team.merge(["walk/a"], "walk/m")
+
+
+# ---------------------------------------------------------------- what a critic found
+
+
+def test_rounded_digests_of_a_merged_base_are_those_of_its_bytes(registry: Registry, tmp_path: Path) -> None:
+    """They are worked out by two threads, from tensors of which some are made and some lie in the base's blob."""
+    torch.manual_seed(0)
+    base = nn.Sequential(*(nn.Linear(24, 24) for _ in range(20)))
+    registry.push(base, "n/base", probe=False)
+    registry.push(adapted(copy.deepcopy(base), r=2, target_modules=["0"]), "n/a", base="n/base", probe=False)
+    for number in range(6):
+        merged = registry.merge({"n/a": 1.0 + number}, "n/m", into_base=True).reference
+        registry.merge({"n/a": 1.0 + number}, "n/again", into_base=True)
+        registry.pull(merged, tmp_path / f"{number}.safetensors")
+        pushed = registry.push(tmp_path / f"{number}.safetensors", "n/plain", kind="base").reference
+        truth, made, found = (_beside(registry, one) for one in (pushed, merged, "n/again"))
+        assert made == truth
+        assert found == truth
+
+
+def _beside(registry: Registry, reference: str) -> Any:
+    events = registry.show(reference).events
+    return next(
+        one.payload["blobs"]["rounded_digests"]
+        for one in events
+        if one.kind == "described" and "rounded_digests" in one.payload["blobs"]
+    )
+
+
+def test_dora_goes_into_a_base_by_the_sum_alone(team: Registry) -> None:
+    team.push(lora(4, r=4, use_dora=True), "walk/dora", base="walk/base", probe=False)
+    with pytest.raises(InvalidInput, match=r"cannot be merged into a base by ties.*the methods cat and svd can"):
+        team.merge(["walk/dora"], "walk/m", method="ties", density=1.0, into_base=True)
+
+
+def test_a_base_that_holds_an_adapter_is_refused(team: Registry, tmp_path: Path) -> None:
+    torch.save(team.load("walk/a", walker()).state_dict(), tmp_path / "whole.pth")
+    team.push(tmp_path / "whole.pth", "walk/whole", kind="base")
+    with pytest.raises(InvalidInput, match="holds an adapter beside its weights"):
+        team.merge(["walk/b"], "walk/m", base="walk/whole", into_base=True, force=True)
+
+
+def test_one_tensor_under_two_names_of_a_file_is_taken_for_tied(registry: Registry, tmp_path: Path) -> None:
+    weight = torch.randn(8, 8)
+    torch.save({"emb.weight": weight, "out.weight": weight}, tmp_path / "tied.pth")
+    registry.push(tmp_path / "tied.pth", "n/base")
+    model = adapted(nn.ModuleDict({"out": nn.Linear(8, 8, bias=False)}), r=2, target_modules=["out"])
+    registry.push(model, "n/a", base="n/base", probe=False, force=True)
+    with pytest.raises((InvalidInput, Incompatible), match="out"):
+        registry.merge(["n/a"], "n/m", into_base=True)
+
+
+def test_one_adapter_under_two_names_is_refused(team: Registry) -> None:
+    team.push(lora(sum(map(ord, "walk/a")), r=4, lora_alpha=8), "other/a", base="walk/base", probe=False)
+    with pytest.raises(InvalidInput, match="are the same adapter"):
+        team.merge(["walk/a", "other/a"], "walk/m")
+
+
+def test_a_pattern_of_weights_that_matches_no_module_is_refused(team: Registry) -> None:
+    with pytest.raises(InvalidInput, match=r"q_prj match no module of the sources; q_proj is one"):
+        team.merge(["walk/a", "walk/b"], "walk/m", module_weights={"q_prj": [0, 0]})
+
+
+def test_an_option_that_decides_nothing_makes_no_other_recipe(team: Registry) -> None:
+    first = team.merge(["walk/a", "walk/b"], "walk/m")
+    again = team.merge(["walk/a", "walk/b"], "walk/m", saved="drop", attention_out=2)
+    assert again.found == first.reference
+
+
+def test_a_weight_of_a_whole_copy_that_is_not_1_is_asked_for_in_a_base(team: Registry) -> None:
+    team.push(lora(1, r=4, modules_to_save=["head"]), "walk/headed", base="walk/base", probe=False)
+    with pytest.raises(InvalidInput, match="say with --saved"):
+        team.merge(["walk/headed"], "walk/m", into_base=True, module_weights={"*": [0.5]})
+
+
+def test_trained_tokens_keep_their_places_whichever_source_brings_them(registry: Registry) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    settings = LlamaConfig(vocab_size=32, tie_word_embeddings=False, **sizes)
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(settings)
+    registry.push(base, "u/base", probe=False)
+    for seed in (1, 2, 3, 4):  # digests, and so the order of the sources, are anyone's guess
+        for name, more in (
+            ("headed", {"modules_to_save": ["lm_head"]}),
+            ("tokens", {"trainable_token_indices": {"embed_tokens": [1, 5]}}),
+        ):
+            model = adapted(copy.deepcopy(base), seed=seed, r=2, target_modules=["q_proj"], **more)
+            with torch.no_grad():
+                for key, parameter in model.named_parameters():
+                    if "trainable_tokens_delta" in key:
+                        parameter.normal_()
+            registry.push(model, f"u/{name}{seed}", base="u/base", probe=False)
+        registry.merge([f"u/headed{seed}", f"u/tokens{seed}"], f"u/m{seed}", saved="mean")
+        loaded = registry.load(f"u/m{seed}", copy.deepcopy(base))
+        ids = torch.tensor([[1, 5]])
+        source = registry.load(f"u/tokens{seed}", copy.deepcopy(base))
+        embedded = [one.base_model.model.model.embed_tokens(ids) for one in (loaded, source)]
+        torch.testing.assert_close(*embedded)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_a_lora_on_the_head_that_peft_saves_with_the_heads_own_weight_goes_into_its_base(
+    registry: Registry, tmp_path: Path
+) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=32, tie_word_embeddings=False, **sizes)).eval()
+    registry.push(base, "h/base", probe=False)
+    model = adapted(copy.deepcopy(base), r=2, target_modules=["q_proj", "lm_head"])
+    model.save_pretrained(tmp_path / "out")
+    registry.push(tmp_path / "out", "h/a", base="h/base")
+    registry.merge(["h/a"], "h/m", into_base=True)
+    ours = registry.load("h/m", copy.deepcopy(base))
+    ids = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(ours(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_query_does_not_feed_on_its_own_result(team: Registry) -> None:
+    where = "base = walk/base and tag = prod"
+    first = team.merge(name="walk/all", where=where, tags=["prod"])
+    again = team.merge(name="walk/all", where=where, tags=["prod"])
+    assert (again.found, len(again.sources)) == (first.reference, 3)
+    assert any("left out of the query" in note for note in again.notes)
+    other = team.merge(name="walk/others", where=where, method="svd", rank=4)
+    assert len(other.sources) == 3
+
+
+def test_an_imported_version_is_not_taken_for_what_its_recipe_says(team: Registry, tmp_path: Path) -> None:
+    made = team.merge(["walk/a", "walk/b"], "walk/m")
+    team.export(made.reference, to=tmp_path / "m.bundle")
+    with Registry.init(tmp_path / "other") as other:
+        other.import_(tmp_path / "m.bundle", name="stranger/m")
+        again = other.merge(["walk/a", "walk/b"], "walk/mine")
+        assert again.found is None
+        assert other.get("walk/mine").digest == team.get("walk/m").digest
+
+
+def test_a_damaged_result_is_computed_again(team: Registry, root: Path) -> None:
+    made = team.merge(["walk/a", "walk/b"], "walk/m")
+    (file,) = (one for one in team.show(made.reference).contents.files if one.path.endswith(".safetensors"))
+    (blob,) = root.rglob(f"*{file.sha256[4:]}*")
+    blob.chmod(0o644)
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.write_bytes(data)
+    again = team.merge(["walk/a", "walk/b"], "walk/n")
+    assert again.found is None
+    assert any("damaged" in note for note in again.notes)
+
+
+RECIPES: dict[str, Any] = {
+    "dtype": "X",
+    "rank": 2,
+    "saved": [],
+    "into_base": [],
+    "base": "../x",
+    "sources": [{"digest": 1, "weight": 1}],
+    "method": "../x",
+    "options": {"density": "x"},
+    "arithmetic": "F16",
+    "module_weights": [[1]],
+    "format": 2,
+    "operation": "x" * 5000,
+}
+
+
+@pytest.mark.parametrize("member", RECIPES)
+def test_a_hostile_recipe_is_refused_with_a_typed_error(team: Registry, member: str) -> None:
+    from registry.operations.merging.adapters import adapter_source
+    from registry.operations.merging.recipe import read_recipe
+    from registry.operations.push import push
+    from registry.operations.push_request import check_request
+
+    made = team.merge(["walk/a", "walk/b"], "walk/m", method="tsv")
+    recipe = dict(read_recipe(team._context.store.blobs, team.get(made.reference).digest) or {})
+    config = lora(1).peft_config["default"]
+    from registry.core.adapter_config import adapter_config
+
+    source = adapter_source(
+        adapter_config({**config.to_dict(), "peft_version": None}),
+        team.load("walk/m"),
+        {**recipe, member: RECIPES[member]},
+        None,
+    )
+    push(team._context, source, check_request("walk/evil", force=True))
+    with pytest.raises(RegistryError) as caught:
+        team.remerge("walk/evil")
+    assert len(str(caught.value)) < 1000

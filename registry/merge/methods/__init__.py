@@ -69,6 +69,6 @@ def find_method(name: str) -> Method:
 
 def unknown(name: str) -> InvalidInput:
     """What is said of a name that is no method's."""
-    near = get_close_matches(name, METHODS, 1)
+    near = get_close_matches(name.lower(), METHODS, 1)
     hint = f"; did you mean {near[0]}?" if near else "."
     return InvalidInput(f"no merging method '{shown(name)}'{hint} There are {', '.join(METHODS)}")

@@ -140,12 +140,13 @@ def method_weights(plan: MergePlan, path: str) -> tuple[float, ...]:
         return weights
     if len(weights) != 2:
         raise InvalidInput(f"slerp takes exactly two sources, found {len(weights)}; ties, knots and tsv take more")
-    total = sum(weights)
-    if min(weights) < 0 or total <= 0:
+    most = max(weights)
+    if min(weights) < 0 or most <= 0:
         raise InvalidInput(
             f"slerp takes weights of at least 0 that are not both 0, found {weights[0]:g}, {weights[1]:g}"
         )
-    return tuple(one / total for one in weights)
+    total = sum(one / most for one in weights)
+    return tuple(one / most / total for one in weights)
 
 
 def _reader(module: LoraModule, tensors: Mapping[str, Tensor]) -> Callable[[], LowRank]:
@@ -154,7 +155,8 @@ def _reader(module: LoraModule, tensors: Mapping[str, Tensor]) -> Callable[[], L
 
 def arithmetic_of(plan: MergePlan) -> Arithmetic:
     """Precision and device that were asked for."""
-    return Arithmetic(torch.float64 if plan.request.precise else torch.float32, plan.request.device)
+    wide = plan.request.precise or plan.request.dtype == "F64"
+    return Arithmetic(torch.float64 if wide else torch.float32, plan.request.device)
 
 
 def merged_bias(
@@ -206,7 +208,7 @@ def _config(plan: MergePlan, made: list[MadeModule]) -> AdapterConfig:
         taken = [config for place in plan.copies.sources if (config := plan.sources[place].side.config) is not None]
         saved = sorted({name for config in taken for name in config.modules_to_save})
         extra["modules_to_save"] = saved or None
-        tokens = next((one.document.get("trainable_token_indices") for one in taken), None)
+        tokens = next((known for one in taken if (known := one.document.get("trainable_token_indices"))), None)
         if tokens:
             extra["trainable_token_indices"] = tokens
     names = {config.base_model for config in configs}

@@ -169,8 +169,9 @@ def compare(
             continue
         path, _, leaf = name.rpartition(".")
         module = form.by_path.get(path)
-        if module is not None and module.tied_to is not None and f"{module.tied_to}.{leaf}" in ours.digests:
-            continue  # the same tensor as its owner's, which is reported
+        owner = "" if module is None or module.tied_to is None else f"{module.tied_to}.{leaf}"
+        if owner in ours.digests and theirs.digests.get(name) in (None, theirs.digests.get(owner)):
+            continue  # in both the same tensor as its owner's, which is reported
         rounded = ours.rounded.get(name)
         if rounded is not None and rounded == theirs.rounded.get(name) and ours.dtypes[name] != theirs.dtypes[name]:
             cast += 1

@@ -3,7 +3,7 @@ tokens. There is no sum of them that everybody means, so where sources do not ag
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,14 +46,20 @@ class Copies:
 
 
 def decide_copies(
-    sources: Sequence[MergeSource], weights: Sequence[float], policy: str | None, *, single_counts: bool
+    sources: Sequence[MergeSource],
+    weights_of: Callable[[str], Sequence[float]],
+    policy: str | None,
+    *,
+    into_base: bool,
 ) -> Copies:
     """Which whole copies the result has.
 
+    Where all sources have the same copies, these are taken without a policy: into a base with weights of 1 alone, into
+    an adapter with weights above 0.
+
     Args:
+        weights_of: the weight of each source for a tensor, by its canonical name.
         policy: `drop`, `mean`, the manifest digest of a source, or None.
-        single_counts: whether one source alone, or several that agree, need no policy: not where a weight other than 1
-            would have to be applied to a base.
 
     Raises:
         InvalidInput: they do not agree, and no policy was given.
@@ -67,14 +73,15 @@ def decide_copies(
     if policy == "drop":
         return Copies(dropped=tuple(names))
     if policy is None:
-        if single_counts and all(len(found) == 1 for found in digests.values()):
+        plain = all(weight == 1 if into_base else weight > 0 for name in names for weight in weights_of(name))
+        if plain and all(len(found) == 1 for found in digests.values()):
             first = held[0]
             return Copies(tuple(CopiedTensor(name, ((0, first[name][0].name, 1.0),)) for name in names), (0,))
         raise _asked(sources, held, digests)
     if policy == "mean":
         _refuse_tokens(sources)
         having = tuple(place for place, one in enumerate(held) if one)
-        return Copies(tuple(_mean(name, held, weights) for name in names), having)
+        return Copies(tuple(_mean(name, held, weights_of(name)) for name in names), having)
     place = next(place for place, source in enumerate(sources) if source.record.digest == policy)
     chosen = held[place]
     taken = tuple(CopiedTensor(name, ((place, spec.name, 1.0),)) for name, (spec, _) in chosen.items())
@@ -96,7 +103,7 @@ def _asked(
     name = next((one for one, found in digests.items() if len(found) > 1), next(iter(digests)))
     having = [source.reference for source, one in zip(sources, held, strict=True) if name in one]
     lacking = [source.reference for source, one in zip(sources, held, strict=True) if name not in one]
-    differ = f"{_listed(lacking)} has none" if lacking else "they differ, or a weight is not 1"
+    differ = f"{_listed(lacking)} has none" if lacking else "they differ, or a weight leaves it open"
     return InvalidInput(
         f"{shown(name, 200)} is a whole copy in {_listed(having)}, and {differ}: say with --saved what the result has: "
         f"{', '.join(SAVED)}, or the reference of the source to take them from"

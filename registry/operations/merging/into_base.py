@@ -20,7 +20,8 @@ from registry.core.layout import Layout
 from registry.core.model_form import LIVE_NAMES
 from registry.core.model_form import ROLE as MODULES
 from registry.core.reference import shown
-from registry.core.tensor_names import base_name
+from registry.core.tensor_names import base_name, is_adapter_tensor
+from registry.core.zeros import zero_tensors
 from registry.formats.live import MODEL_TENSORS, tensor_bytes
 from registry.formats.paths import ADAPTER_CONFIG
 from registry.formats.source import CHUNK_BYTES, MadeFile, PlainFileInMemory, Source, Stored
@@ -34,7 +35,7 @@ from registry.operations.base_fit import live_names_by_component
 from registry.operations.context import Context
 from registry.operations.merging.adapters import TORCH_DTYPES, arithmetic_of, method_weights, one_module
 from registry.operations.merging.copies import CopiedTensor, copied_tensor
-from registry.operations.merging.plan import MergePlan
+from registry.operations.merging.plan import SUMS, MergePlan
 from registry.operations.merging.report import ModuleReport
 from registry.operations.merging.request import check_device
 from registry.operations.merging.sources import SourceTensors
@@ -43,8 +44,6 @@ from registry.operations.reading import BlobReader, blob_bytes
 if TYPE_CHECKING:
     from torch import Tensor
 
-SUMS = ("cat", "svd")
-"""Methods whose result in a base is the plain weighted sum."""
 ARCHITECTURE = "architecture"
 
 
@@ -88,11 +87,18 @@ def merge_into_base(
             "without --external, or merge the adapters alone"
         )
     component = contents.components["model"]
+    inner = next((spec.name for spec in component.layout if is_adapter_tensor(spec.name)), None)
+    if inner is not None:
+        raise InvalidInput(
+            f"{base.reference} holds an adapter beside its weights ({shown(inner, 200)}): merged into it, that would "
+            "count "
+            "as well; push the base by itself, and merge into that"
+        )
     check_device(plan.request.device)
     kept = [role for role in (LIVE_NAMES, MODULES, ARCHITECTURE) if role in described]
     documents = {role: blob_bytes(context.store.blobs, described[role]) for role in kept}
     saved = saved_names(component.layout, documents.get(LIVE_NAMES))
-    touched = _touched(plan, component.layout, saved)
+    touched = _touched(plan, component, saved)
     reports: list[ModuleReport] = []
     resources = ExitStack()
     making = resources.enter_context(_Making(context, plan, component, touched, reports, note))
@@ -102,9 +108,9 @@ def merge_into_base(
         for ordinal, (digest, (blob, place)) in enumerate(zip(component.tensors, component.places, strict=True))
         if ordinal not in touched
     }
-    file = MadeFile(
-        MODEL_TENSORS, "model", component.layout, stored=stored, read=making.read, metadata={"format": "pt"}
-    )
+    carried = [one.path for one in contents.files if one.role == "model" and one.path.endswith(".safetensors")]
+    path = carried[0] if len(carried) == 1 else MODEL_TENSORS
+    file = MadeFile(path, "model", component.layout, stored=stored, read=making.read, metadata={"format": "pt"})
     source = Source(
         form="merged model",
         kind="base",
@@ -141,12 +147,13 @@ def _plain_files(context: Context, contents: Contents) -> Iterator[PlainFileInMe
             yield PlainFileInMemory(file.path, blob_bytes(context.store.blobs, file.blob))
 
 
-def _touched(plan: MergePlan, layout: Layout, saved: Mapping[str, str]) -> dict[int, _Touched]:
+def _touched(plan: MergePlan, component: StoredComponent, saved: Mapping[str, str]) -> dict[int, _Touched]:
     """Ordinal of each tensor that is changed -> what changes it."""
+    layout = component.layout
     ordinals = {spec.name: ordinal for ordinal, spec in enumerate(layout)}
     base = "" if plan.base is None else plan.base.reference
 
-    def ordinal_of(live: str) -> int:
+    def ordinal_of(live: str, *, copied: bool) -> int:
         if live not in saved:
             raise InvalidInput(
                 f"{shown(live, 200)} is no tensor of {base} by itself (it may be made of several when it is loaded), "
@@ -154,7 +161,7 @@ def _touched(plan: MergePlan, layout: Layout, saved: Mapping[str, str]) -> dict[
                 "nothing can be merged into it"
             )
         spec = layout.tensors[ordinals[saved[live]]]
-        if spec.dtype not in ("F64", "F32", "BF16", "F16"):
+        if not copied and spec.dtype not in TORCH_DTYPES:
             raise InvalidInput(
                 f"{shown(live, 200)} of {base} is {spec.dtype}: quantised weights are not merged into; use the base in "
                 "full precision"
@@ -162,9 +169,16 @@ def _touched(plan: MergePlan, layout: Layout, saved: Mapping[str, str]) -> dict[
         return ordinals[saved[live]]
 
     found: dict[int, _Touched] = {}
+    twins = {} if plan.base is not None and plan.base.side.form.exact else _twins(component)
 
     def touch(live: str, what: _Touched) -> None:
-        ordinal = ordinal_of(live)
+        ordinal = ordinal_of(live, copied=what.copied is not None)
+        if not plan.request.force and ordinal in twins:
+            raise InvalidInput(
+                f"{shown(live, 200)} of {base} is the same tensor as {shown(twins[ordinal], 200)}: if they are tied, "
+                "a merge "
+                "would change one of the two alone; untie them first, or --force where they only happen to be equal"
+            )
         if ordinal in found:
             raise InvalidInput(
                 f"{shown(live, 200)} of {base} is one tensor with another target's (tied weights): a merge would "
@@ -182,6 +196,13 @@ def _touched(plan: MergePlan, layout: Layout, saved: Mapping[str, str]) -> dict[
         placed = next(iter(places[path].values()))
         kind = having[0][1].target.kind.partition("+")[0]
         weight = {"attention": ".in_proj_weight", "parameter": ""}.get(kind, ".weight")
+        if kind == "parameter" and placed.path not in saved:
+            raise InvalidInput(
+                f"{shown(path, 200)}: which of several parameters of this module the factors are for stands in no "
+                "file of "
+                "PEFT, so they cannot be merged into a base; merge adapters with each other, or with one of "
+                "target_parameters a module"
+            )
         touch(placed.path + weight, _Touched(path, places[path]))
         if any("lora_bias" in module.target.kind.split("+") for _, module in having):
             bias = ".in_proj_bias" if kind == "attention" else ".bias"
@@ -195,6 +216,21 @@ def _touched(plan: MergePlan, layout: Layout, saved: Mapping[str, str]) -> dict[
         if name not in saved:
             raise InvalidInput(f"{shown(name, 200)}: {base} has no such tensor, so the whole copy has no place in it")
         touch(name, _Touched("", {}, copied=copied))
+    return found
+
+
+def _twins(component: StoredComponent) -> dict[int, str]:
+    """Ordinal of each matrix that stands under another name as well, in the same bytes -> that name. Zeros apart."""
+    zeros = zero_tensors(zip(component.layout, component.tensors, strict=True))
+    first: dict[str, int] = {}
+    found: dict[int, str] = {}
+    for ordinal, (spec, digest) in enumerate(zip(component.layout, component.tensors, strict=True)):
+        if len(spec.shape) < 2 or spec.name in zeros:
+            continue
+        other = first.setdefault(digest, ordinal)
+        if other != ordinal:
+            found[ordinal] = component.layout.tensors[other].name
+            found[other] = spec.name
     return found
 
 
@@ -262,7 +298,8 @@ class _Making:
                     "in "
                     "the adapter's copy"
                 )
-            return copied.to(TORCH_DTYPES[spec.dtype])
+            # A counter of a BatchNorm, say, is whole, and stays so.
+            return copied.to(TORCH_DTYPES[spec.dtype]) if spec.dtype in TORCH_DTYPES else copied
         weight = self._weight(ordinal)
         having = self._modules[touched.module]
         names = [set(module.tensors) for _, module in having]

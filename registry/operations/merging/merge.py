@@ -9,16 +9,19 @@ from typing import Any
 
 from registry.catalog.contents import read_contents
 from registry.catalog.descriptions import descriptions_of
+from registry.core.errors import BlobNotFound, Corrupt
 from registry.core.reference import parse_push_target
 from registry.formats.paths import ADAPTER_CONFIG
 from registry.formats.source import PlainFileInMemory, Source
+from registry.operations.annotate import annotate
 from registry.operations.context import Context
+from registry.operations.inspect import get
 from registry.operations.merging.plan import MergePlan, plan_merge
 from registry.operations.merging.recipe import find_made
 from registry.operations.merging.report import MergeResult, ModuleReport, relative_error
 from registry.operations.merging.request import MergeRequest
 from registry.operations.push import PushResult, push
-from registry.operations.push_request import check_request
+from registry.operations.push_request import Request, check_request
 
 METRIC = "merge_relative_error"
 METHOD = "merge_method"
@@ -40,7 +43,7 @@ def merge(
 ) -> MergeResult:
     """Merges adapters; see `Registry.merge`."""
     context.require_writable()
-    parse_push_target(name)
+    namespace, bare, _ = parse_push_target(name)
     begin = time.perf_counter()
     with context.reading() as connection:
         plan = plan_merge(
@@ -52,31 +55,46 @@ def merge(
             weights=weights,
             base=base,
             into_base=into_base,
+            output=(namespace, bare),
         )
         made = find_made(connection, context.store.blobs, plan.parent_ids, plan.recipe, "merged_from")
-    pushed_as = check_request(
-        name,
-        base=plan.base.reference if plan.base is not None and not into_base else None,
-        tags=tags,
-        metadata={METHOD: request.method, **(metadata or {})},
-        kind="base" if into_base else "adapter",
-        message=message,
-        parents=plan.parents,
-        force=request.force,
-    )
+
+    def asked(metrics: Mapping[str, float]) -> Request:
+        return check_request(
+            name,
+            base=plan.base.reference if plan.base is not None and not into_base else None,
+            tags=tags,
+            metadata={METHOD: request.method, **(metadata or {})},
+            metrics=metrics,
+            kind="base" if into_base else "adapter",
+            message=message,
+            parents=plan.parents,
+            force=request.force,
+        )
+
+    asked({})  # what is wrong with a tag or a value is said before anything is computed
     notes = list(plan.notes)
     if made is not None:
-        with stored_source(context, made[0], plan.recipe) as source:
-            pushed = push(context, source, pushed_as)
-        return _result(plan, pushed, made[1], (), notes, time.perf_counter() - begin)
+        try:
+            with stored_source(context, made[0], plan.recipe) as source:
+                known = get(context, made[1]).metrics.get(METRIC)
+                pushed = push(context, source, asked({} if known is None else {METRIC: known.number}))
+        except (BlobNotFound, Corrupt) as error:
+            notes.append(f"{made[1]} has this recipe, and is damaged, so it was computed again: {str(error)[:200]}")
+        else:
+            return _result(plan, pushed, made[1], (), notes, time.perf_counter() - begin)
     source, reports = compute(context, plan, notes)
-    computed = time.perf_counter() - begin
-    with source:
-        pushed = push(context, source, pushed_as)
-    if into_base:
+    if not into_base:
+        computed = time.perf_counter() - begin
+        with source:
+            pushed = push(context, source, asked({METRIC: relative_error(reports)}))
+    else:
+        with source:
+            pushed = push(context, source, asked({}))
         computed = time.perf_counter() - begin  # the tensors are made while they are pushed
+        if pushed.created:
+            annotate(context, pushed.reference, metadata={}, metrics={METRIC: relative_error(reports)}, step=None)
     reports = sorted(reports, key=lambda one: one.path)
-    _measure(context, pushed, reports)
     return _result(plan, pushed, None, tuple(reports), notes, computed)
 
 
@@ -152,13 +170,6 @@ def stored_source(context: Context, version_id: int, recipe: Mapping[str, Any]) 
         digest=record.digest,
         resources=resources,
     )
-
-
-def _measure(context: Context, pushed: PushResult, reports: Sequence[ModuleReport]) -> None:
-    """Says of the version how far it is from the true weighted sum."""
-    from registry.operations.annotate import annotate
-
-    annotate(context, pushed.reference, metadata={}, metrics={METRIC: relative_error(reports)}, step=None)
 
 
 def _result(

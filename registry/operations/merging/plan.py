@@ -3,8 +3,10 @@ lineage and recipe. All of it comes from one snapshot of the catalog."""
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any
 
 from sqlalchemy import Connection
@@ -30,6 +32,8 @@ from registry.operations.sides import Sides
 
 OF_THE_BASES_WEIGHTS = frozenset({"C16", "C19", "C21", "C25"})
 """Rules about the weights that a merge would change: no matter where the result is an adapter."""
+SUMS = ("cat", "svd")
+"""Methods whose result in a base is the plain weighted sum."""
 _CONTAINING = frozenset({"merged_from", "converted_from", "continued_from", "trained_on"})
 
 
@@ -103,6 +107,7 @@ def plan_merge(
     weights: Sequence[float] | None,
     base: str | None,
     into_base: bool,
+    output: tuple[str, str] | None = None,
 ) -> MergePlan:
     """Puts a merge together.
 
@@ -112,13 +117,15 @@ def plan_merge(
         ShapeMismatch: two sources disagree about the sizes of a module.
         NotFound, NotStored
     """
-    ids = find_sources(context, connection, given, where)
+    early: list[str] = []
+    ids = find_sources(connection, given, where, output=output, note=early.append)
     numbers = check_weights(weights, len(ids))
     for pattern, some in request.module_weights:
         if len(some) != len(ids):
             what = f"{len(some)} weights for the modules {shown(pattern, 200)}"
             raise InvalidInput(f"{what} and {len(ids)} sources; give one for each, in their order")
     read = read_sources(context, connection, ids)
+    _refuse_twice(read)
     order = sorted(range(len(read)), key=lambda place: read[place].record.digest)
     sources = tuple(read[place] for place in order)
     ordered = tuple(numbers[place] for place in order)
@@ -132,8 +139,17 @@ def plan_merge(
         _refuse_contained(connection, chosen, sources)
     findings, notes, placings = _check(sources, chosen, request, into_base=into_base)
     _check_sizes(connection, sources)
-    single_counts = not into_base or all(weight == 1 for weight in ordered)
-    copies = decide_copies(sources, ordered, request.saved, single_counts=single_counts)
+    _refuse_idle_patterns(request, sources)
+    copies = decide_copies(
+        sources,
+        lambda name: request.weights_of(name.rpartition(".")[0], ordered),
+        request.saved,
+        into_base=into_base,
+    )
+    if not copies.tensors and not copies.dropped:
+        request = replace(request, saved=None)  # it decides nothing, so it is no part of the recipe
+    if not into_base or not any(_attention_out(source) for source in sources):
+        request = replace(request, attention_out=None)
     if copies.dropped:
         notes.append(f"left out, as asked: {', '.join(shown(one, 120) for one in copies.dropped[:5])}")
     dtype = None if into_base else request.dtype or _widest(sources)
@@ -147,8 +163,35 @@ def plan_merge(
         dtype=dtype,
     )
     return MergePlan(
-        request, into_base, sources, ordered, chosen, placings, copies, recipe, in_order(findings), tuple(notes)
+        request, into_base, sources, ordered, chosen, placings, copies, recipe, in_order(findings), (*early, *notes)
     )
+
+
+def _refuse_twice(sources: Sequence[MergeSource]) -> None:
+    """
+    Raises:
+        InvalidInput: two of them are one adapter, under two names or in two forms.
+    """
+    known: dict[str, str] = {}
+    for source in sources:
+        other = known.setdefault(source.record.content_digest, source.reference)
+        if other != source.reference:
+            raise InvalidInput(
+                f"{source.reference} and {other} are the same adapter; give it once, with the sum of its weights"
+            )
+
+
+def _refuse_idle_patterns(request: MergeRequest, sources: Sequence[MergeSource]) -> None:
+    """
+    Raises:
+        InvalidInput: a pattern of module weights that matches no module.
+    """
+    paths = {path for source in sources for path in source.modules}
+    for pattern, _ in request.module_weights:
+        if not fnmatch.filter(paths, pattern):
+            near = get_close_matches(pattern, paths, 1, 0.3)
+            hint = f"; {shown(near[0], 200)} is one" if near else ""
+            raise InvalidInput(f"the module weights for {shown(pattern, 200)} match no module of the sources{hint}")
 
 
 def _saved_source(connection: Connection, saved: str | None, sources: Sequence[MergeSource]) -> str | None:
@@ -206,14 +249,14 @@ def _check(
             against = "" if base is None else f" with {base.reference}"
             raise Incompatible(f"{source.reference} cannot be merged{against}; nothing was stored", fatal)
         findings += (one for one in found if one.severity in ("error", "warning", "undecided") and one not in findings)
-        _refuse_obstacles(source, into_base=into_base)
+        _refuse_obstacles(source, request.method, into_base=into_base)
         if into_base and request.attention_out is None:
             _ask_attention_out(source)
     _refuse_unlike(sources, into_base=into_base)
     return findings, notes, tuple(placings)
 
 
-def _refuse_obstacles(source: MergeSource, *, into_base: bool) -> None:
+def _refuse_obstacles(source: MergeSource, method: str, *, into_base: bool) -> None:
     """
     Raises:
         InvalidInput: a module whose change is no product of factors, or no module at all.
@@ -232,15 +275,21 @@ def _refuse_obstacles(source: MergeSource, *, into_base: bool) -> None:
         raise InvalidInput(f"{source.reference} is an aLoRA, which works after certain tokens alone: no sum of it is")
     for path, module in source.modules.items():
         dora = "dora" in module.target.kind.split("+")
-        if into_base and dora:
+        if into_base and dora and method in SUMS:
             continue  # merged through its magnitude
         if module.obstacle:
             mend = "; merge it into its base with --into-base, and 'registry extract' what you need" if dora else ""
             raise InvalidInput(
                 f"{source.reference} cannot be merged into an adapter: {shown(path, 200)}: {module.obstacle}{mend}"
                 if not into_base
-                else f"{source.reference} cannot be merged into a base: {shown(path, 200)}: {module.obstacle}"
+                else f"{source.reference} cannot be merged into a base by {method}: {shown(path, 200)}: "
+                f"{module.obstacle}{'; the methods ' + ' and '.join(SUMS) + ' can' if dora else ''}"
             )
+
+
+def _attention_out(source: MergeSource) -> str | None:
+    """The out_proj of a MultiheadAttention that an adapter changes."""
+    return next((path for path, one in source.modules.items() if one.target.kind.startswith("attention_out")), None)
 
 
 def _ask_attention_out(source: MergeSource) -> None:
@@ -248,7 +297,7 @@ def _ask_attention_out(source: MergeSource) -> None:
     Raises:
         InvalidInput: the adapter changes the out_proj of a MultiheadAttention.
     """
-    path = next((path for path, one in source.modules.items() if one.target.kind.startswith("attention_out")), None)
+    path = _attention_out(source)
     if path is not None:
         raise InvalidInput(
             f"{source.reference} changes {shown(path, 200)}, the out_proj of a MultiheadAttention, whose update PEFT "
@@ -304,7 +353,7 @@ def _refuse_contained(connection: Connection, base: Base, sources: Sequence[Merg
             name = references(connection, [known])[known]
             raise InvalidInput(
                 f"{base.reference} contains {name} already, as its lineage says ('registry log {base.reference} "
-                "--lineage'): merged again it would count twice; --force merges all the same"
+                "'): merged again it would count twice; --force merges all the same"
             )
 
 

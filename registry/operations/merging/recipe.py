@@ -10,12 +10,16 @@ from typing import Any
 
 from sqlalchemy import Connection
 
+from registry.catalog.journal_rows import events_of
 from registry.catalog.lineage import references
 from registry.catalog.merging import made_of
 from registry.core.canonical_json import canonical_json
+from registry.core.digest import is_digest
 from registry.core.errors import Corrupt, InvalidInput
 from registry.core.manifest import Manifest
+from registry.core.reference import parse_reference, shown
 from registry.operations.merging.request import MergeRequest, check_merge
+from registry.operations.merging.sources import MOST_SOURCES
 from registry.operations.reading import blob_bytes
 from registry.store.interface import BlobStore
 
@@ -59,11 +63,18 @@ def merge_recipe(
 def find_made(
     connection: Connection, blobs: BlobStore, parent_ids: Sequence[int], recipe: Mapping[str, Any], relation: str
 ) -> tuple[int, str] | None:
-    """The oldest present version that was made by this recipe: (row id, reference)."""
+    """The oldest present version that was made by this recipe, in this registry: (row id, reference). What was imported
+    says only that it was made so; it is computed here once more."""
     wanted = canonical_json(dict(recipe), "the recipe")
     for version_id, digest in made_of(connection, parent_ids, relation):
-        if recipe_bytes(blobs, digest) == wanted:
-            return version_id, references(connection, [version_id])[version_id]
+        if recipe_bytes(blobs, digest) != wanted:
+            continue
+        reference = references(connection, [version_id])[version_id]
+        name = parse_reference(reference)
+        events = events_of(connection, name.namespace, name.name, version_id=version_id)
+        origin = next((one.payload.get("origin") for one in events if one.kind == "pushed"), None)
+        if not (isinstance(origin, Mapping) and "registry" in origin):
+            return version_id, reference
     return None
 
 
@@ -89,11 +100,15 @@ def request_of(recipe: Mapping[str, Any], what: str) -> tuple[MergeRequest, tupl
         InvalidInput: a recipe of another kind, or of a newer program.
         Corrupt: it is none.
     """
-    if recipe.get("operation") != "merge" or recipe.get("format") != FORMAT:
+    operation, number = recipe.get("operation"), recipe.get("format")
+    if operation != "merge" or type(number) is not int or number != FORMAT:
         raise InvalidInput(
-            f"{what} was made by a recipe of operation {recipe.get('operation')!r}, format {recipe.get('format')!r}; "
-            f"this program computes merges of format {FORMAT} again"
+            f"{what} was made by a recipe of operation {shown(repr(operation), 80)}, format {shown(repr(number), 80)}; "
+            f"expected a merge of format {FORMAT}: a newer lora-registry may compute it"
         )
+    wrong = _wrong_member(recipe)
+    if wrong:
+        raise Corrupt(f"the recipe of {what} cannot be read: {wrong}")
     try:
         options = recipe["options"]
         checked = check_merge(
@@ -113,6 +128,35 @@ def request_of(recipe: Mapping[str, Any], what: str) -> tuple[MergeRequest, tupl
         )
         request = replace(checked, dtype=recipe["dtype"])
         sources = [(str(one["digest"]), float(one["weight"])) for one in recipe["sources"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:  # InvalidInput is a ValueError
         raise Corrupt(f"the recipe of {what} cannot be read: {type(error).__name__}: {error}"[:300]) from error
     return request, tuple(one for one, _ in sources), tuple(weight for _, weight in sources)
+
+
+def _wrong_member(recipe: Mapping[str, Any]) -> str:
+    """The first member that no merge writes; empty where there is none."""
+    sources = recipe.get("sources")
+    if not isinstance(sources, list) or not 0 < len(sources) <= MOST_SOURCES:
+        return f"sources: expected a list of 1 to {MOST_SOURCES}"
+    digests = [one.get("digest") if isinstance(one, Mapping) else None for one in sources]
+    if not all(isinstance(one, str) and is_digest(one) for one in digests) or len(set(digests)) != len(digests):
+        return "sources: expected distinct digests of 64 hex digits"
+    base, saved = recipe.get("base"), recipe.get("saved")
+    for name, right in (
+        ("base", base is None or (isinstance(base, str) and is_digest(base))),
+        ("saved", saved is None or isinstance(saved, str)),
+        ("dtype", _text(recipe.get("dtype")) in (None, "F64", "F32", "BF16", "F16")),
+        ("arithmetic", _text(recipe.get("arithmetic")) in ("F32", "F64")),
+        ("into_base", isinstance(recipe.get("into_base"), bool)),
+        ("options", isinstance(recipe.get("options"), Mapping)),
+        ("module_weights", isinstance(recipe.get("module_weights"), list)),
+        ("method", isinstance(recipe.get("method"), str)),
+    ):
+        if not right:
+            return f"{name}: found {shown(repr(recipe.get(name)), 80)}"
+    return ""
+
+
+def _text(value: object) -> str | None:
+    """The value where it is text or None; else a text that nothing is equal to."""
+    return value if value is None or isinstance(value, str) else repr(type(value))

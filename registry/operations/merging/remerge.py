@@ -17,13 +17,14 @@ from registry.catalog.lineage import references
 from registry.catalog.tables import version
 from registry.catalog.versions import resolve
 from registry.core.errors import InvalidInput, VersionNotFound
-from registry.core.reference import parse_reference
+from registry.core.reference import parse_reference, shown
 from registry.operations.context import Context
 from registry.operations.environment import capture
 from registry.operations.merging.merge import compute
 from registry.operations.merging.plan import MergePlan, plan_merge
 from registry.operations.merging.recipe import read_recipe, request_of
 from registry.operations.merging.report import Remerged
+from registry.operations.merging.request import check_device
 from registry.operations.reading import BlobReader
 
 if TYPE_CHECKING:
@@ -32,16 +33,19 @@ if TYPE_CHECKING:
 
 def remerge(context: Context, reference: str, *, device: str = "cpu") -> Remerged:
     """Computes a merge again; see `Registry.remerge`."""
+    import torch
+
+    from registry.formats.live import flat_bytes
+
     begin = time.perf_counter()
+    check_device(device)
     parsed = parse_reference(reference)
     with context.reading() as connection:
         key = resolve(connection, parsed)
         pinned = references(connection, [key.id])[key.id]
         recipe = read_recipe(context.store.blobs, key.digest)
         if recipe is None:
-            raise InvalidInput(
-                f"{pinned} was not made by a recipe; 'registry log {pinned} --lineage' says what it came from"
-            )
+            raise InvalidInput(f"{pinned} was not made by a recipe; 'registry log {pinned}' says what it came from")
         plan = _plan(context, connection, recipe, pinned, device)
         contents = read_contents(connection, key.id)
         events = events_of(connection, parsed.namespace, parsed.name, version_id=key.id)
@@ -57,9 +61,15 @@ def remerge(context: Context, reference: str, *, device: str = "cpu") -> Remerge
             if again is None:
                 equal += 1
                 continue
-            one, other = again.double(), stored.double()
-            if again.dtype == stored.dtype and bool((again == stored).all()):
+            if (again.dtype, again.shape) != (stored.dtype, stored.shape):
+                raise InvalidInput(
+                    f"the recipe gives {shown(name, 200)} as {again.dtype} {list(again.shape)}, and {pinned} has "
+                    f"{stored.dtype} {list(stored.shape)}: it was not made by it"
+                )
+            if torch.equal(flat_bytes(again), flat_bytes(stored)):
                 equal += 1
+                continue
+            one, other = again.double(), stored.double()
             apart, size = float((one - other).norm()), float(other.norm())
             squares = [squares[0] + apart**2, squares[1] + size**2]
             if apart and (worst is None or apart > worst[1] * size):
@@ -109,6 +119,8 @@ def _pairs(source: Any, reader: BlobReader, contents: Contents, role: str) -> It
     from registry.operations.load import read_tensors
     from registry.operations.merging.sources import only
 
+    if role not in contents.components:
+        raise InvalidInput(f"the recipe makes a component {role}, and the version has {', '.join(contents.components)}")
     component = contents.components[role]
     digests = {spec.name: digest for spec, digest in zip(component.layout, component.tensors, strict=True)}
     (file,) = source.tensor_files

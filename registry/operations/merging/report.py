@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from registry.core.findings import Finding
@@ -109,6 +109,7 @@ class MergeResult:
                 }
                 for one in self.modules
             ],
+            "findings": [vars_of(one) for one in self.findings],
             "notes": list(self.notes),
         }
 
@@ -151,3 +152,8 @@ def plain(number: float | None) -> float | str | None:
     if number is None or math.isfinite(number):
         return number
     return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
+
+
+def vars_of(finding: Finding) -> dict[str, str]:
+    """A finding as plain data."""
+    return asdict(finding)

@@ -117,8 +117,7 @@ def check_merge(
         raise InvalidInput("a merge into a base has the dtypes of that base; leave dtype out")
     if attention_out not in (None, 1, 2):
         raise InvalidInput(f"attention_out is {attention_out!r}; expected 1, or 2 as PEFT up to 0.21 computes")
-    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", device):
-        raise InvalidInput(f"device '{shown(device)}'; expected cpu, cuda or cuda:N")
+    check_device_name(device)
     return MergeRequest(
         method,
         rank,
@@ -157,15 +156,25 @@ def check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, .
     return tuple(finite_weight(one, f"source {place + 1}") for place, one in enumerate(weights))
 
 
+def check_device_name(device: str) -> None:
+    """
+    Raises:
+        InvalidInput: no device is called so.
+    """
+    if not isinstance(device, str) or not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", device):
+        raise InvalidInput(f"device '{shown(str(device))}'; expected cpu, cuda or cuda:N")
+
+
 def check_device(device: str) -> None:
     """
     Raises:
-        InvalidInput: this machine has it not.
+        InvalidInput: no device is called so, or this machine has it not.
     """
-    import torch
-
+    check_device_name(device)
     if device == "cpu":
         return
+    import torch
+
     number = int(device.partition(":")[2] or 0)
     if not torch.cuda.is_available() or number >= torch.cuda.device_count():
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0

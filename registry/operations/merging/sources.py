@@ -4,7 +4,7 @@ for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Connection
 
 from registry.catalog.contents import Contents, StoredComponent, read_contents
+from registry.catalog.lineage import references as references_of
+from registry.catalog.lineage import walk
 from registry.catalog.search import Search, find_ids
 from registry.catalog.versions import VersionRecord, records, resolve
 from registry.compat.case import AdapterSide
-from registry.core.adapter_names import Target
+from registry.core.adapter_names import Target, canonical_name
 from registry.core.errors import InvalidInput, NotStored
 from registry.core.layout import Layout
 from registry.core.query import parse_where
@@ -64,7 +66,20 @@ class MergeSource:
     def beside(self) -> Layout:
         """Tensors that belong to no module with factors: whole copies, biases, trained tokens."""
         taken = {name for module in self.modules.values() for name in module.tensors}
-        return Layout(tuple(spec for spec in self.side.layout if spec.name not in taken))
+        return Layout(
+            tuple(spec for spec in self.side.layout if spec.name not in taken and not self._is_the_bases(spec.name))
+        )
+
+    def _is_the_bases(self, name: str) -> bool:
+        """Whether a tensor is the base's own, as PEFT saves it beside a LoRA on an embedding "
+        "(save_embedding_layers)."""
+        own = canonical_name(name)
+        if self.side.weights is None or ".base_layer." not in own:
+            return False
+        digests = {
+            spec.name: digest for spec, digest in zip(self.component.layout, self.component.tensors, strict=True)
+        }
+        return self.side.weights.digests.get(own.replace(".base_layer.", ".")) == digests[name]
 
     @cached_property
     def copies(self) -> tuple[Target, ...]:
@@ -73,9 +88,19 @@ class MergeSource:
 
 
 def find_sources(
-    context: Context, connection: Connection, references: Sequence[str], where: Sequence[str]
+    connection: Connection,
+    references: Sequence[str],
+    where: Sequence[str],
+    *,
+    output: tuple[str, str] | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> list[int]:
-    """Row ids of the sources, by reference and by query, in this order.
+    """Row ids of the sources, by reference and by query, in this order. A query leaves out what was merged of other
+    versions that it finds, and versions of the result's own name: else it would feed on itself.
+
+    Args:
+        output: namespace and name of the result; None: there is none, and nothing is left out.
+        note: told what was left out.
 
     Raises:
         InvalidInput: there are none, too many, or one is given twice.
@@ -86,8 +111,8 @@ def find_sources(
         key = resolve(connection, parse_reference(reference))
         if key.id in ids:
             raise InvalidInput(
-                f"{shown(reference, 200)} and {shown(ids[key.id], 200)} are one version; give it once, with the sum of "
-                "its weights"
+                f"{shown(reference, 200)} and {shown(ids[key.id], 200)} are one version; give it once (in a merge "
+                "with the sum of its weights)"
             )
         ids[key.id] = reference
     if where:
@@ -96,13 +121,33 @@ def find_sources(
             raise InvalidInput(
                 f"no adapter satisfies {shown(' and '.join(where), 300)}; 'registry list' takes the same"
             )
+        left_out = set() if output is None else _fed_by(connection, found, output)
+        if left_out:
+            named = references_of(connection, sorted(left_out))
+            note(
+                f"left out of the query, as merged of others in it or of the result's name: {', '.join(named.values())}"
+            )
         for one in found:
-            ids.setdefault(one, "the query")
+            if one not in left_out:
+                ids.setdefault(one, "the query")
     if not ids:
         raise InvalidInput("no source: give references, or a query with --where")
     if len(ids) > MOST_SOURCES:
         raise InvalidInput(f"{len(ids)} sources; {MOST_SOURCES} is the most: narrow the query down")
     return list(ids)
+
+
+def _fed_by(connection: Connection, found: Sequence[int], output: tuple[str, str]) -> set[int]:
+    """Those versions that are merged of others among them, or of the name of the result."""
+    known = set(found)
+    left_out = {
+        one
+        for one in found
+        if any(edge.relation == "merged_from" and edge.parent_id in known for edge in walk(connection, one, up=True))
+    }
+    own = f"{output[0]}/{output[1]}@"
+    left_out.update(one for one, name in references_of(connection, list(found)).items() if name.startswith(own))
+    return left_out
 
 
 def read_sources(
