@@ -107,15 +107,24 @@ def added(
             result[block, part] = rounded
             applied = rounded.to(wide) - old
             moving = torch.count_nonzero(update)
-            unmoved = moving - torch.count_nonzero(update.bool() & applied.bool())
+            unmoved = moving - torch.count_nonzero(applied)  # what has no update does not move
             counts += torch.stack((moving, unmoved))
             sizes = (update, applied.sub_(update))
-            squares += torch.stack([torch.linalg.vector_norm(one, dtype=torch.float64).square() for one in sizes])
+            squares += torch.stack([_square(one) for one in sizes])
     norm, error = squares.sqrt().tolist()
     if not math.isfinite(error):  # NaN or Inf anywhere comes to this
         _refuse_result(weight, path)
     moving_count, unmoved_count = counts.tolist()
     return MergedTensor(result.reshape(weight.shape), weight.numel(), moving_count, unmoved_count, norm, error)
+
+
+def _square(rows: Tensor) -> Tensor:
+    """Squared Frobenius norm in float64: rows in their own dtype, which is three times as fast in float32, unless their
+    squares leave its range."""
+    square: Tensor = torch.linalg.vector_norm(rows, dim=1).double().square().sum()
+    if not bool(torch.isfinite(square)):
+        square = torch.linalg.vector_norm(rows, dtype=torch.float64).square()
+    return square
 
 
 def _refuse_result(weight: Tensor, path: str) -> None:

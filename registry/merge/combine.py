@@ -19,8 +19,10 @@ from registry.merge.group import Group, Options
 from registry.merge.low_rank import LowRank
 from registry.merge.method import Method
 
-BATCH_BYTES = 256 << 20
-"""Of factors, or of dense updates, that are worked on at a time; one matrix may be larger."""
+BATCH_BYTES = 16 << 20
+"""Of factors, or of dense updates, that are worked on at a time on the CPU; one matrix may be larger."""
+DEVICE_BATCH_BYTES = 256 << 20
+"""The same on another device, which many matrices have to fill."""
 _EXACT_ENOUGH = 1e-6
 """Relative error below which a difference of squares has no digits left, and a QR is paid for."""
 
@@ -127,7 +129,11 @@ def combine(
         kind = (module.shape, tuple((one.source, one.rank) for one in module.updates))
         batches.setdefault(kind, []).append(module)
     for alike in batches.values():
-        most = max(1, BATCH_BYTES // _bytes_of(alike[0], method, arithmetic.dtype))
+        most = max(
+            1,
+            (BATCH_BYTES if arithmetic.device == "cpu" else DEVICE_BATCH_BYTES)
+            // _bytes_of(alike[0], method, arithmetic.dtype),
+        )
         for begin in range(0, len(alike), most):
             yield from _guarded(alike[begin : begin + most], method, options, choice, arithmetic, dense, note)
 

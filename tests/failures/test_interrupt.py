@@ -16,7 +16,7 @@ from registry.core.errors import ArtifactNotFound
 from tests.failures.stages import acting_at, ctrl_c, interrupted_at_every_stage
 from tests.failures.support import own_process, peft_folder, photograph, quick_folder, succeeds_alone, warm_up, whole
 
-WHEN = pytest.mark.parametrize("when", ["before", "after"])
+WHEN = pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.exhaustive)])
 
 
 def interrupted_pushes(template: str, when: str) -> None:
