@@ -386,3 +386,21 @@ def test_the_command_refuses_in_one_line(pair: Path) -> None:
     ran = run(pair, "walk/tuned", "-o", "walk/extracted")
     assert (ran.exit_code, ran.stdout) == (3, "")
     assert ran.stderr.startswith("registry: an extraction needs a rank")
+
+
+def test_a_head_that_the_checkpoint_untied_is_not_lost(registry: Registry) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=32, tie_word_embeddings=True, **sizes))
+    tuned = LlamaForCausalLM(LlamaConfig(vocab_size=32, tie_word_embeddings=False, **sizes))
+    tuned.load_state_dict(base.state_dict())
+    with torch.no_grad():
+        tuned.lm_head.weight += 1
+        tuned.model.layers[0].self_attn.q_proj.weight += 0.1
+    registry.push(base, "t/base", probe=False)
+    registry.push(tuned, "t/tuned", kind="base", probe=False)
+    result = registry.extract("t/tuned", "t/adapter", base="t/base", rank=4)
+    told = {one.path for one in result.modules} | {one.name.removesuffix(".weight") for one in result.left_out}
+    assert {"lm_head", "model.layers.0.self_attn.q_proj"} <= told
