@@ -9,6 +9,7 @@ from typing import Any
 
 from registry.catalog.contents import read_contents
 from registry.catalog.descriptions import descriptions_of
+from registry.catalog.versions import records
 from registry.core.errors import BlobNotFound, Corrupt
 from registry.core.reference import parse_push_target
 from registry.formats.paths import ADAPTER_CONFIG
@@ -130,8 +131,6 @@ def stored_source(context: Context, version_id: int, recipe: Mapping[str, Any]) 
     with context.reading() as connection:
         contents = read_contents(connection, version_id)
         described = descriptions_of(connection, version_id)
-        from registry.catalog.versions import records
-
         record = records(connection, [version_id])[0]
     blobs = context.store.blobs
     resources = ExitStack()
