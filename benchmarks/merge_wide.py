@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -48,7 +49,7 @@ def main() -> None:
     print(f"{'every update formed once':26} {bound:8.2f} s, of all layers {bound * scale:8.1f} s")
     for name in asked.methods:
         options = Options(density=0.5 if name in (*DENSE, "knots") else 1.0)
-        seconds = measured(lambda: merged(modules, name, options, asked.device), asked.device)  # noqa: B023  # called here
+        seconds = measured(partial(merged, modules, name, options, asked.device), asked.device)
         ratio = f"{seconds / bound:5.1f} times the bound" if name in DENSE else ""
         print(f"{name:26} {seconds:8.2f} s, of all layers {seconds * scale:8.1f} s  {ratio}")
 

@@ -4,7 +4,6 @@ module brings what gives its factors when its turn comes, so memory is that of a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,13 +79,6 @@ class MergedUpdate:
     error: float
     rank: int | None
     of_ranks: int
-
-    @property
-    def relative_error(self) -> float:
-        """Of the true weighted sum; infinite where that is zero and the result is not."""
-        if self.error == 0:
-            return 0.0
-        return self.error / self.norm if self.norm else math.inf
 
 
 @dataclass(frozen=True)

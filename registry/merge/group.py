@@ -15,8 +15,6 @@ from registry.merge.low_rank import LowRank
 
 Majority = Literal["total", "frequency"]
 Inner = Literal["ties", "dare_ties", "dare_linear", "magnitude_prune"]
-MAJORITIES: tuple[Majority, ...] = ("total", "frequency")
-INNER: tuple[Inner, ...] = ("ties", "dare_ties", "dare_linear", "magnitude_prune")
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from torch import Tensor
 from registry.core.errors import InvalidInput, ShapeMismatch
 from registry.merge import elementwise
 from registry.merge.elementwise import drop_, elected_mean_, kth_largest, random_masks, trim_
-from registry.merge.group import INNER, MAJORITIES, Group, Inner, Majority, Options
+from registry.merge.group import Group, Inner, Majority, Options
 from registry.merge.low_rank import LowRank
-from registry.merge.methods import DENSE, METHODS, OPTIONS, find_method
+from registry.merge.methods import DENSE, INNER, MAJORITIES, METHODS, OPTIONS, find_method
 
 FACTOR_WISE = ("linear", "ties_factors", "dare_linear_factors", "dare_ties_factors", "magnitude_prune_factors")
 SEEDS = st.integers(0, 2**31)

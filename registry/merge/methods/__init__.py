@@ -50,6 +50,10 @@ OPTIONS: dict[str, tuple[OptionName, ...]] = {
     "magnitude_prune_factors": ("density",),
 }
 """name -> the parameters that it reads; a test holds this against the methods."""
+MAJORITIES = ("total", "frequency")
+"""Values of the option `majority`."""
+INNER = ("ties", "dare_ties", "dare_linear", "magnitude_prune")
+"""Values of the option `inner`."""
 DENSE = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 """Methods that make dense updates, whose result becomes an adapter by an SVD."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -218,6 +218,7 @@ class ExtractResult:
                 }
                 for one in self.left_out
             ],
+            "findings": [asdict(one) for one in self.findings],
             "notes": list(self.notes),
         }
 

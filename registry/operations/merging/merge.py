@@ -14,6 +14,7 @@ from registry.core.errors import BlobNotFound, Corrupt
 from registry.core.reference import parse_push_target
 from registry.formats.paths import ADAPTER_CONFIG
 from registry.formats.source import PlainFileInMemory, Source
+from registry.merge.methods import find_method
 from registry.operations.annotate import annotate
 from registry.operations.context import Context
 from registry.operations.inspect import get
@@ -187,15 +188,9 @@ def _result(
         sources=tuple((one.reference, weight) for one, weight in zip(plan.sources, plan.weights, strict=True)),
         base=None if plan.base is None else plan.base.reference,
         into_base=plan.into_base,
-        cross_terms=plan.request.method in CROSS_TERMS,
+        cross_terms=find_method(plan.request.method).factor_wise,
         modules=reports,
         findings=plan.findings,
         notes=tuple(dict.fromkeys((*notes, *pushed.notes))),
         seconds=seconds,
     )
-
-
-CROSS_TERMS = frozenset(
-    ("linear", "ties_factors", "dare_linear_factors", "dare_ties_factors", "magnitude_prune_factors")
-)
-"""Methods that work on A and on B apart."""

@@ -109,7 +109,7 @@ class MergeResult:
                 }
                 for one in self.modules
             ],
-            "findings": [vars_of(one) for one in self.findings],
+            "findings": [asdict(one) for one in self.findings],
             "notes": list(self.notes),
         }
 
@@ -152,8 +152,3 @@ def plain(number: float | None) -> float | str | None:
     if number is None or math.isfinite(number):
         return number
     return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
-
-
-def vars_of(finding: Finding) -> dict[str, str]:
-    """A finding as plain data."""
-    return asdict(finding)

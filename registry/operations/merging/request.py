@@ -12,14 +12,12 @@ from typing import Any
 
 from registry.core.errors import InvalidInput
 from registry.core.reference import shown
-from registry.merge.methods import METHODS, OPTIONS
+from registry.merge.methods import DENSE, INNER, MAJORITIES, METHODS, OPTIONS, unknown
 
 DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
 """What an adapter can be rounded to, as users write it -> safetensors code."""
 SAVED = ("drop", "mean")
 MAX_SEED = 2**53 - 1
-INNER = ("ties", "dare_ties", "dare_linear", "magnitude_prune")
-MAJORITIES = ("total", "frequency")
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,6 @@ def check_merge(
         InvalidInput: an unknown method, a parameter out of its range, or one that the method does not read.
     """
     if method not in METHODS:
-        from registry.merge.methods import unknown
-
         raise unknown(method)
     known = OPTIONS[method]
     inner = inner or ("ties" if "inner" in known else None)
@@ -204,8 +200,6 @@ def _seed(seed: int | None) -> int:
 
 
 def _check_rank(method: str, rank: int | None, energy: float | None, into_base: bool) -> None:
-    from registry.merge.methods import DENSE
-
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise InvalidInput(f"rank is {shown(repr(rank))}; expected a whole number from 1 on")
     if energy is not None and (isinstance(energy, bool) or not isinstance(energy, int | float) or not 0 < energy <= 1):
