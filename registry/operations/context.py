@@ -5,9 +5,10 @@ from __future__ import annotations
 import getpass
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import TypeVar
 
 from sqlalchemy import Connection
@@ -15,13 +16,15 @@ from sqlalchemy import Connection
 from registry.catalog.engine import Database
 from registry.catalog.journal_rows import has_pending, mark_journaled, pending_events
 from registry.catalog.names import LockedName, lock_name
-from registry.core.errors import Corrupt, ReadOnly, StorageError
+from registry.core.errors import Contended, Corrupt, ReadOnly, StorageError
 from registry.core.event import Event
 from registry.store.interface import Store
 
 T = TypeVar("T")
 
 OUTBOX_BATCH = 1000
+TRIES = 5
+"""Of a transaction that the database ended for another writer's sake."""
 
 
 @dataclass
@@ -86,12 +89,15 @@ class Context:
             for event in events:
                 document = event.document(self.store.registry_id)
                 self.store.journal.append(event.namespace, event.name, event.seq, document)
-            with self.database.writing() as connection:
-                mark_journaled(connection, events)
+            until_done(partial(self._take_out, events))
         except StorageError as error:
             told = type(error)(f"{error} (what was done stands; opening the registry again completes its journal)")
             told.errno = error.errno
             raise told from error
+
+    def _take_out(self, events: Sequence[Event]) -> None:
+        with self.database.writing() as connection:
+            mark_journaled(connection, events)
 
     def flush_outbox(self) -> int:
         """Writes what a crash left between a commit and its journal objects.
@@ -132,10 +138,28 @@ def under_lock(context: Context, namespace: str, name: str, change: Callable[[Lo
     Raises:
         ArtifactNotFound, ReadOnly, and what `change` raises; then nothing has changed.
     """
-    with context.writing() as connection:
-        locked = context.lock(connection, namespace, name)
-        # After the wait for the lock: nobody can have asked about a later moment yet.
-        result = change(locked, now())
-        locked.save()
-    context.journal(locked.appended)
+
+    def once() -> tuple[T, Sequence[Event]]:
+        with context.writing() as connection:
+            locked = context.lock(connection, namespace, name)
+            # After the wait for the lock: nobody can have asked about a later moment yet.
+            result = change(locked, now())
+            locked.save()
+        return result, locked.appended
+
+    result, events = until_done(once)
+    context.journal(events)
     return result
+
+
+def until_done(transaction: Callable[[], T]) -> T:
+    """Runs a transaction, and once more each time that the database ends it for another writer's sake, as PostgreSQL
+    does with one of two that wait for each other.
+
+    Raises:
+        Contended: `TRIES` times in a row; and what `transaction` raises.
+    """
+    for _ in range(TRIES - 1):
+        with suppress(Contended):
+            return transaction()
+    return transaction()

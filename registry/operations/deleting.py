@@ -5,10 +5,11 @@ in between."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from registry.catalog import garbage
 from registry.catalog.rows import batches
-from registry.operations.context import Context
+from registry.operations.context import Context, until_done
 
 TURN = 50
 """Blobs in one transaction: on SQLite the other writers wait for their files to be removed."""
@@ -29,13 +30,19 @@ def delete_marked(context: Context, digests: Sequence[str]) -> dict[str, int]:
     """
     freed: dict[str, int] = {}
     for batch in batches(digests, TURN):
-        with context.writing() as connection:
-            # A `gc` that was held up here until its lease ran out still has the locks, or finds nothing any more.
-            rows = garbage.lock_deleting(connection, batch)
-            # Files go within the transaction that lets go of their rows, and after: what anything still refers to the
-            # database refuses to give away.
-            garbage.forget_blobs(connection, [row.id for row in rows])
-            for row in rows:
-                freed[row.digest] = row.size if context.store.blobs.contains(row.digest) else 0
-                context.store.blobs.delete(row.digest)
+        freed.update(until_done(partial(_delete_batch, context, batch)))
+    return freed
+
+
+def _delete_batch(context: Context, digests: Sequence[str]) -> dict[str, int]:
+    freed: dict[str, int] = {}
+    with context.writing() as connection:
+        # A `gc` that was held up here until its lease ran out still has the locks, or finds nothing any more.
+        rows = garbage.lock_deleting(connection, digests)
+        # Files go within the transaction that lets go of their rows, and after: what anything still refers to the
+        # database refuses to give away.
+        garbage.forget_blobs(connection, [row.id for row in rows])
+        for row in rows:
+            freed[row.digest] = row.size if context.store.blobs.contains(row.digest) else 0
+            context.store.blobs.delete(row.digest)
     return freed

@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from itertools import groupby
+from typing import TypeVar
+
+from sqlalchemy import Connection
 
 from registry.catalog import garbage, leases, removal
 from registry.catalog.garbage import BlobRow, Place
@@ -17,9 +21,11 @@ from registry.catalog.names import LockedName
 from registry.catalog.removal import Need, Removed
 from registry.catalog.rows import batches
 from registry.core.errors import BlobNotFound, Contended, InvalidInput
-from registry.operations.context import Context, actor, now, under_lock
+from registry.operations.context import Context, actor, now, under_lock, until_done
 from registry.operations.deleting import TURN, delete_marked
 from registry.store.interface import Temporary
+
+T = TypeVar("T")
 
 GRACE = timedelta(days=7)
 """How long a removed version can be restored, and how old an orphan has to be."""
@@ -167,20 +173,27 @@ class _Lease:
         """
         at = now()
         if self.held.expires_at - at < LEASE * 2 / 3:
-            with self._context.writing() as connection:
-                self.held = leases.renew(connection, self.held, at, LEASE)
+            self.held = _write(self._context, lambda connection: leases.renew(connection, self.held, at, LEASE))
 
 
 @contextmanager
 def _lease(context: Context) -> Iterator[_Lease]:
     holder = f"{socket.gethostname()}, process {os.getpid()}, {actor()}"
-    with context.writing() as connection:
-        lease = _Lease(context, leases.take(connection, PURPOSE, holder, now(), LEASE))
+    lease = _Lease(context, _write(context, lambda connection: leases.take(connection, PURPOSE, holder, now(), LEASE)))
     try:
         yield lease
     finally:
+        _write(context, lambda connection: leases.release(connection, lease.held))
+
+
+def _write(context: Context, change: Callable[[Connection], T]) -> T:
+    """A change of rows that no name's lock guards, in a transaction of its own."""
+
+    def once() -> T:
         with context.writing() as connection:
-            leases.release(connection, lease.held)
+            return change(connection)
+
+    return until_done(once)
 
 
 def _purge(context: Context, lease: _Lease, due: Sequence[Removed], before: datetime) -> list[Removed]:
@@ -205,8 +218,7 @@ def _delete_blobs(context: Context, lease: _Lease, unneeded: Sequence[BlobRow]) 
     freed: dict[str, int] = {}
     for batch in batches(unneeded, TURN):
         lease.keep()
-        with context.writing() as connection:
-            marked = garbage.mark_deleting(connection, [one.id for one in batch], others)
+        marked = _write(context, partial(garbage.mark_deleting, blob_ids=[one.id for one in batch], others=others))
         freed.update(delete_marked(context, [one.digest for one in marked]))
     return freed
 
@@ -232,8 +244,7 @@ def _forget_layouts(context: Context, lease: _Lease) -> None:
         unneeded = garbage.unneeded_layouts(connection)
     for batch in batches(unneeded, TURN):
         lease.keep()
-        with context.writing() as connection:
-            garbage.forget_layouts(connection, batch)
+        _write(context, partial(garbage.forget_layouts, layout_ids=batch))
 
 
 def _orphans(context: Context, before: datetime) -> Iterator[dict[str, int]]:
@@ -254,8 +265,7 @@ def _delete_orphans(context: Context, sizes: dict[str, int]) -> dict[str, int]:
     if not sizes:
         return {}
     try:
-        with context.writing() as connection:
-            marked = garbage.mark_orphans(connection, sizes, now())
+        marked = _write(context, lambda connection: garbage.mark_orphans(connection, sizes, now()))
     except Contended:
         return {}  # a push is registering some of them at this moment; what is left of them is there the next time
     return delete_marked(context, marked)

@@ -12,7 +12,7 @@ from registry.core.annotations import check_text
 from registry.core.errors import InvalidInput, InvalidReference
 from registry.core.event import Event
 from registry.core.reference import LATEST, parse_reference
-from registry.operations.context import Context, actor, now
+from registry.operations.context import Context, actor, now, until_done
 
 
 @dataclass(frozen=True)
@@ -77,23 +77,29 @@ def _change(
     if why is not None:
         check_text(why, "reason")
     wanted = [parse_reference(reference) for reference in references]
-    with context.writing() as connection:
-        # In one order for all, so that two that take several never wait for each other.
-        names = {
-            name: context.lock(connection, *name) for name in sorted({(one.namespace, one.name) for one in wanted})
-        }
-        found = {
-            key.id: (names[one.namespace, one.name], key)
-            for one in wanted
-            for key in [resolve(connection, one, removed=removed)]
-        }
-        removal.lock_versions(connection, found)
-        events = {identifier: change(*found[identifier]) for identifier in sorted(found, reverse=youngest_first)}
-        tags = tags_of(connection, found)
-        for name in names.values():
-            name.save()
-    context.journal([event for name in names.values() for event in name.appended])
-    return tuple(
-        Removal(name.reference, key.number, key.digest, tags.get(key.id, ()), events[key.id] is not None)
-        for name, key in found.values()
-    )
+
+    def once() -> tuple[list[Event], tuple[Removal, ...]]:
+        with context.writing() as connection:
+            # In one order for all, so that two that take several never wait for each other.
+            names = {
+                name: context.lock(connection, *name) for name in sorted({(one.namespace, one.name) for one in wanted})
+            }
+            found = {
+                key.id: (names[one.namespace, one.name], key)
+                for one in wanted
+                for key in [resolve(connection, one, removed=removed)]
+            }
+            removal.lock_versions(connection, found)
+            events = {identifier: change(*found[identifier]) for identifier in sorted(found, reverse=youngest_first)}
+            tags = tags_of(connection, found)
+            for name in names.values():
+                name.save()
+        appended = [event for name in names.values() for event in name.appended]
+        return appended, tuple(
+            Removal(name.reference, key.number, key.digest, tags.get(key.id, ()), events[key.id] is not None)
+            for name, key in found.values()
+        )
+
+    appended, removals = until_done(once)
+    context.journal(appended)
+    return removals

@@ -13,9 +13,9 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from registry.merge.elementwise import random_masks
-from registry.merge.group import MAJORITIES, Group, Majority, Options
+from registry.merge.group import Group, Majority, Options
 from registry.merge.low_rank import LowRank
-from registry.merge.methods import find_method
+from registry.merge.methods import MAJORITIES, find_method
 
 RANK = 4
 FULL = 8
