@@ -40,6 +40,9 @@ class PolicyConfig:
     _target_: str = "pdp.policy.DiffusionPolicy"
     model: dict[str, Any] | None = None
     """Null: as the base of the LoRA was made."""
+    init_from: str | None = None
+    """File or registry:// URL of a policy whose weights and normaliser training begins with, where there is no LoRA:
+    what is called full fine-tuning. Its moving average is taken, where it has one."""
     lora: LoraConfig | None = None
     noise_scheduler: dict[str, Any] | None = None
     """Null: as the base of the LoRA was trained, else 10 steps that predict the sample."""
@@ -52,6 +55,8 @@ class DatasetConfig:
 
     _target_: str = "pdp.data.SequenceDataset"
     path: str = MISSING
+    world: str | None = None
+    """The world that the data have to be of, as their recipe says; null: any."""
     val_ratio: float = 0.0
     seed: int = 0
 
@@ -102,6 +107,8 @@ class TrainingConfig:
     """By diffusers' names: cosine, linear, constant, polynomial, ..."""
     lr_warmup_steps: int = 500
     use_ema: bool = True
+    threads: int | None = None
+    """Of torch on the CPU; null: as many as torch chooses. A small network is fastest with one."""
     max_grad_norm: float | None = 1.0
     bf16: bool = True
     """bf16 autocast on cuda; nothing on the CPU."""
@@ -302,6 +309,10 @@ def _check_ranges(cfg: Any) -> None:
             raise ConfigError(f"{key} is {value}; expected {least} or more")
     if cfg.training.max_steps is not None and cfg.training.max_steps < 1:
         raise ConfigError(f"training.max_steps is {cfg.training.max_steps}; expected 1 or more, or null")
+    if cfg.training.threads is not None and not 1 <= cfg.training.threads <= 1024:
+        raise ConfigError(f"training.threads is {cfg.training.threads}; expected 1 to 1024, or null")
+    if cfg.policy.lora is not None and cfg.policy.init_from is not None:
+        raise ConfigError("policy.init_from and policy.lora are both set; a LoRA begins with lora.base_model_path")
     limit = cfg.training.max_grad_norm
     positive = {"optimizer.lr": cfg.optimizer.lr, "optimizer.eps": cfg.optimizer.eps}
     for key, value in (positive | ({} if limit is None else {"training.max_grad_norm": limit})).items():

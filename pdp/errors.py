@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import ClassVar
 
-from registry.core.errors import InvalidInput, RegistryError
+from registry.core.errors import InvalidInput, NotFound, RegistryError
 
 
 class ConfigError(InvalidInput):
@@ -36,6 +36,38 @@ class TrainingDiverged(RegistryError, ArithmeticError):
     def __init__(self, message: str, step: int) -> None:
         self.step = step
         super().__init__(message)
+
+
+class TaskNotFound(NotFound):
+    """A task that none of the modules has that the user named."""
+
+
+class WorldNotFound(NotFound):
+    """A world that a task does not have."""
+
+
+class RolloutStopped(RegistryError, ArithmeticError):
+    """A roll-out that cannot go on.
+
+    Attributes:
+        step: the control step at which it was found; 1 is the first.
+        environment: the first of the environments that it was found in, from 0.
+    """
+
+    exit_code: ClassVar[int] = 10
+
+    def __init__(self, message: str, *, step: int, environment: int) -> None:
+        self.step = step
+        self.environment = environment
+        super().__init__(message)
+
+
+class ActionNotFinite(RolloutStopped):
+    """The policy's action is NaN or infinite."""
+
+
+class SimulationDiverged(RolloutStopped):
+    """The simulator's state is not finite any more."""
 
 
 class CheckpointWarning(UserWarning):

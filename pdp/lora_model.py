@@ -356,7 +356,7 @@ class LoraTransformerForDiffusion(nn.Module):
 
     @classmethod
     def on_base(
-        cls, checkpoint_path: Path, base_model: nn.Module, *, use_ema: bool = False, registry: RegistryLike = None
+        cls, checkpoint_path: Source, base_model: nn.Module, *, use_ema: bool = False, registry: RegistryLike = None
     ) -> LoraTransformerForDiffusion:
         """Puts the LoRA of a checkpoint on a live network, which is changed in place; its own weights stay.
 

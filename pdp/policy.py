@@ -3,9 +3,8 @@ normalised on the way in and back on the way out."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -15,6 +14,9 @@ from torch import Tensor, nn
 from pdp.normalizer import LinearNormalizer
 from registry.core.errors import InvalidInput
 from registry.core.reference import shown
+
+if TYPE_CHECKING:
+    from pdp.lora_building import RegistryLike, Source
 
 PREDICTIONS = ("epsilon", "sample")
 
@@ -64,11 +66,11 @@ class DiffusionPolicy(nn.Module):
     @classmethod
     def from_checkpoint(
         cls,
-        checkpoint_path: str | os.PathLike[str],
-        base_model_path: str | os.PathLike[str] | None = None,
+        checkpoint_path: Source,
+        base_model_path: Source | None = None,
         *,
         use_ema: bool | None = None,
-        registry: Any = None,
+        registry: RegistryLike = None,
         **options: Any,
     ) -> DiffusionPolicy:
         """A policy of a workspace's checkpoint, ready to act: network, LoRA, normaliser and noise scheduler.
@@ -84,6 +86,33 @@ class DiffusionPolicy(nn.Module):
         from pdp.policy_loading import load_policy
 
         return load_policy(cls, checkpoint_path, base_model_path, use_ema=use_ema, registry=registry, **options)
+
+    def load_adapter(self, path: Source, *, use_ema: bool | None = None, registry: RegistryLike = None) -> None:
+        """Acts with an adapter from now on, also between two control steps of a roll-out: puts it on the network, in
+        the place of the adapter that is there. The network's own weights stay.
+
+        Args:
+            path: file or `registry://` URL of an adapter on this network.
+            use_ema: take the moving average of the adapter's weights; None: where there is one.
+
+        Raises:
+            Incompatible: it was trained on another network; of a version also where the registry's rules refuse it. The
+                policy is as it was.
+            CheckpointError: there is no adapter in it. InvalidInput, NotFound, StorageError
+        """
+        from pdp.switching import put_adapter
+
+        put_adapter(self, path, use_ema=use_ema, registry=registry)
+
+    def unload_adapter(self) -> None:
+        """Takes the adapter off: acts as the base from now on, bit for bit.
+
+        Raises:
+            InvalidInput: there is none.
+        """
+        from pdp.switching import take_adapter_off
+
+        take_adapter_off(self)
 
     def set_normalizer(self, normalizer: LinearNormalizer) -> None:
         """Takes a copy of a normaliser that was fitted on `obs` and `action`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from pdp.checkpoints import Checkpoint, RegistryCheckpoint, read_checkpoint
 from pdp.classes import call, look_up
 from pdp.errors import CheckpointError, ConfigError
 from pdp.loading import load_network
+from pdp.lora_building import RegistryLike, Source
 from pdp.lora_model import LoraTransformerForDiffusion
 
 if TYPE_CHECKING:
@@ -54,11 +54,11 @@ def recorded_noise(checkpoint: Checkpoint) -> tuple[dict[str, Any], int | None] 
 
 def load_policy(
     kind: type[DiffusionPolicy],
-    checkpoint_path: str | os.PathLike[str],
-    base_model_path: str | os.PathLike[str] | None = None,
+    checkpoint_path: Source,
+    base_model_path: Source | None = None,
     *,
     use_ema: bool | None = None,
-    registry: Any = None,
+    registry: RegistryLike = None,
     classes: Iterable[type[nn.Module]] = (),
     num_inference_steps: int | None = None,
 ) -> DiffusionPolicy:

@@ -48,6 +48,7 @@ def config_of(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> dict[str,
         say(f"{checkpoint.what} has no configuration; training goes by the defaults")
     elif not policy.get("noise_scheduler"):
         say(f"the configuration of {checkpoint.what} has no policy.noise_scheduler; it is taken as the default")
+    policy.pop("init_from", None)  # the weights are in the checkpoint
     _add_network(policy, checkpoint)
     for path in OF_THE_RUN:
         section, _, key = path.rpartition(".")

@@ -16,6 +16,7 @@ from pdp.loading import fit, refused_arguments, say
 from pdp.lora_model import LoraTransformerForDiffusion
 from pdp.policy import DiffusionPolicy
 from pdp.policy_loading import DEFAULT_NOISE, make_noise_scheduler, recorded_noise
+from pdp.state_names import base_part
 from registry import Registry
 from registry.core.architecture import Architecture
 from registry.core.errors import Incompatible
@@ -40,7 +41,8 @@ def make_policy(
         InvalidInput, NotFound: the base cannot be read.
     """
     section = cfg.policy
-    base = None if section.lora is None else _base_of(section.lora.base_model_path, registry)
+    begin = section.init_from if section.lora is None else section.lora.base_model_path
+    base = None if begin is None else _base_of(begin, registry, lora=section.lora is not None)
     recorded = _recorded(section, base)
     network = make_network(recorded, tuple(classes), "policy.model", ConfigError)
     reference: str | None = cfg.registry.base
@@ -48,7 +50,8 @@ def make_policy(
         differing = refused_arguments(architecture_differences(base.architecture, network))
         if differing:
             raise Incompatible(f"{base.what} is of another network than policy.model", differing)
-        fit(network, base.base, strict=True, what=base.what)()
+        averaged = section.lora is None and "ema" in base.roles
+        fit(network, base_part(base.averaged) if averaged else base.base, strict=True, what=base.what)()
         if reference is None and isinstance(base, RegistryCheckpoint):
             reference = base.reference
     if section.lora is not None:
@@ -67,15 +70,12 @@ def make_policy(
     return policy, reference
 
 
-def _base_of(path: str | None, registry: Registry | str | os.PathLike[str] | None) -> Checkpoint | None:
-    if path is None:
-        return None
+def _base_of(path: str, registry: Registry | str | os.PathLike[str] | None, *, lora: bool) -> Checkpoint:
     base = read_checkpoint(path, registry)
     if base.adapter:
-        raise ConfigError(
-            f"policy.lora.base_model_path: {base.what} holds a LoRA; merge it first (merge_lora_weights), or load it"
-        )
-    if "ema" in base.roles:
+        key = "policy.lora.base_model_path" if lora else "policy.init_from"
+        raise ConfigError(f"{key}: {base.what} holds a LoRA; merge it first (merge_lora_weights), or load it")
+    if lora and "ema" in base.roles:
         say(
             f"{base.what} has a moving average, and the LoRA is put on the weights themselves; save_policy gives a "
             "base of the average"

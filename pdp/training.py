@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pdp.checkpoints import Checkpoint
-from pdp.data import SequenceDataset
+from pdp.data import DatasetError, SequenceDataset
 from pdp.errors import ConfigError, TrainingDiverged
 from pdp.loading import say
 from pdp.normalizer import LinearNormalizer
@@ -55,6 +55,12 @@ class Trainer:
         self._restored: dict[str, Any] = {}
         self._within_step = False
         self._loss_sum, self._loss_count = 0.0, 0
+
+    @property
+    def trained_on(self) -> dict[str, str]:
+        """`task` and `world` as the recipe of the data names them; empty until the data are open."""
+        recipe = {} if self._data is None else self._data.recipe
+        return {key: recipe[key] for key in ("task", "world") if isinstance(recipe.get(key), str)}
 
     # ------------------------------------------------------------ what a checkpoint holds of it
 
@@ -173,6 +179,12 @@ class Trainer:
                 "dataset.path is not set; give a zarr folder or HDF5 file with obs, action and episode_ends"
             )
         data = self._dataset("train")
+        if (world := cfg.dataset.world) is not None and data.recipe.get("world") != world:
+            recorded = data.recipe.get("world")
+            raise DatasetError(
+                f"{cfg.dataset.path} is of {'no world' if recorded is None else f'the world {shown(repr(recorded))}'}, "
+                f"as its recipe says; dataset.world is {shown(repr(world))}: give the data of that world"
+            )
         for key, here, there in (
             ("obs_dim", data.obs_dim, policy.obs_dim),
             ("action_dim (output_dim)", data.action_dim, policy.action_dim),

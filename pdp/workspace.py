@@ -90,6 +90,8 @@ class DiffusionPolicyWorkspace:
         self._lineage: tuple[str | None, int | None] = (None, None)
         self._parent: str | None = None
 
+        if self.cfg.training.threads is not None:
+            torch.set_num_threads(self.cfg.training.threads)
         seed_everything(self.cfg.training.seed)
         policy, self.base_reference = make_policy(self.cfg, self.classes, self._registry)
         self.policy = policy.to(self.device)
@@ -311,8 +313,12 @@ class DiffusionPolicyWorkspace:
         return {"parents": [("extracted_from", self._parent, None)]}
 
     def _said(self) -> dict[str, Any]:
+        """What a push says of the run: its newest metrics, and the task and world that the recipe of its data names."""
         finite = {name: value for name, value in self.metrics.items() if isinstance(value, float | int)}
-        return {"metrics": finite} if finite else {}
+        found: dict[str, Any] = {"metrics": finite} if finite else {}
+        if self.trainer.trained_on:
+            found["metadata"] = self.trainer.trained_on
+        return found
 
     def _require_lora(self) -> None:
         if not self.is_lora_model():

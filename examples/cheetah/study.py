@@ -1,0 +1,456 @@
+"""The whole study by one command: a base, a LoRA and a full fine-tuning for each changed world, merged adapters, and
+how all of them run. Everything is pushed to a registry and looked up there; the numbers go to a file that tables and
+pictures are made from.
+
+    python -m examples.cheetah.study                       in full: 3 training seeds, about half an hour on 2 cores
+    python -m examples.cheetah.study --form reduced        two worlds, one seed, about two minutes
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from examples.cheetah.demonstrations import Recipe, write
+from examples.cheetah.expert import Expert
+from examples.cheetah.task import TASK
+from examples.cheetah.worlds import CHANGES, ORIGINAL, PAIRS
+
+CONFIG = Path(__file__).parent / "config"
+RESULTS = Path("docs/cheetah/results.json")
+METHODS = ("cat", "svd", "ties", "knots", "tsv")
+EXPERT_SEED = 10_000  # of the roll-outs' starts and noise, away from those of the data
+
+
+@dataclass(frozen=True)
+class Form:
+    """How much of it.
+
+    Attributes:
+        worlds: changed ones, each with an adapter of its own.
+        pairs: of worlds whose adapters are merged.
+        base, adapter: overrides of the configurations in `config/`.
+        base_data, adapter_data: episodes, and steps of each.
+        steps: of a roll-out.
+        curves: the world of which the way through training is measured, every so many epochs.
+    """
+
+    seeds: tuple[int, ...]
+    worlds: tuple[str, ...]
+    pairs: tuple[tuple[str, str], ...]
+    full: bool
+    base: Sequence[str]
+    adapter: Sequence[str]
+    base_data: tuple[int, int]
+    adapter_data: tuple[int, int]
+    rollouts: int
+    steps: int
+    methods: tuple[str, ...] = METHODS
+    curves: str | None = None
+    curve_every: int = 2
+
+
+FULL = Form(
+    seeds=(0, 1, 2),
+    worlds=tuple(CHANGES),
+    pairs=PAIRS,
+    full=True,
+    base=(),
+    adapter=(),
+    base_data=(160, 300),
+    adapter_data=(80, 300),
+    rollouts=50,
+    steps=300,
+    curves="gear",
+)
+REDUCED = Form(
+    seeds=(0,),
+    worlds=("gear", "mass"),
+    pairs=(("gear", "mass"),),
+    full=False,
+    base=("training.max_steps=800", "optimizer.lr=2.0e-3", "dataloader.batch_size=128"),
+    adapter=("training.max_steps=250", "optimizer.lr=4.0e-3", "dataloader.batch_size=128"),
+    base_data=(80, 250),
+    adapter_data=(40, 200),
+    rollouts=50,
+    steps=200,
+    methods=("svd",),
+)
+FORMS = {"full": FULL, "reduced": REDUCED}
+
+
+@dataclass
+class Part:
+    """What one piece of the work found; see `docs/cheetah/results.json`."""
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    curves: list[dict[str, Any]] = field(default_factory=list)
+    similarity: list[dict[str, Any]] = field(default_factory=list)
+    made: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, other: Part) -> None:
+        for name, value in vars(other).items():
+            getattr(self, name).extend(value)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a study works.
+
+    Attributes:
+        registry: what `Registry.open` takes.
+        folder: of data sets and of what training writes.
+    """
+
+    form: Form
+    registry: str
+    folder: Path
+
+    def data(self, seed: int, *worlds: str) -> Path:
+        """The data set of a world, or of several; made where it is not there."""
+        path = self.folder / f"{'-and-'.join(worlds)}-{seed}.zarr"
+        if not path.exists():
+            recipes = [self._recipe(world, seed) for world in worlds]
+            write(path, recipes[0], recipes[1:])
+        return path
+
+    def _recipe(self, world: str, seed: int) -> Recipe:
+        original = world == ORIGINAL
+        episodes, steps = self.form.base_data if original else self.form.adapter_data
+        return Recipe(world, episodes, steps, 0.3 if original else 0.2, seed)
+
+
+# ---------------------------------------------------------------- training and acting
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training's outcome.
+
+    Attributes:
+        url: of the version that was pushed.
+        parameters: that were trained.
+        seconds: of the training, its data read and its version pushed.
+        metrics: the lines of its file of metrics.
+    """
+
+    url: str
+    parameters: int
+    seconds: float
+    metrics: list[dict[str, Any]]
+
+
+def train(
+    place: Place, config: str, overrides: Iterable[str], rollout: Callable[[Any], Mapping[str, float]] | None = None
+) -> Trained:
+    """Trains as a file in `config/` says, as `python -m pdp.train` does it."""
+    from hydra import compose, initialize_config_dir
+
+    from pdp.train import CONFIG_FOLDER
+    from pdp.workspace import DiffusionPolicyWorkspace
+
+    with initialize_config_dir(config_dir=str(CONFIG.absolute()), version_base="1.3"):
+        cfg = compose(config, [f"hydra.searchpath=[file://{CONFIG_FOLDER}]", "logging.progress=false", *overrides])
+    began = time.perf_counter()
+    folder = place.folder / f"run-{os.getpid()}-{time.monotonic_ns()}"
+    run = DiffusionPolicyWorkspace(cfg, folder, registry=place.registry, rollout=rollout)
+    run.run()
+    seconds = time.perf_counter() - began
+    lines = (folder / cfg.logging.metrics_file).read_text(encoding="utf-8").splitlines()
+    parameters = sum(one.numel() for one in run.model.parameters() if one.requires_grad)
+    return Trained(run.pushed[0], parameters, seconds, [json.loads(line) for line in lines])
+
+
+def act(place: Place, reference: str, worlds: Sequence[str], **said: Any) -> list[dict[str, Any]]:
+    """Rolls a version out in worlds, and notes the metrics with it."""
+    from pdp.evaluate import evaluate
+
+    form = place.form
+    found = evaluate(
+        f"registry://{reference}",
+        worlds,
+        task=TASK,
+        rollouts=form.rollouts,
+        steps=form.steps,
+        seed=EXPERT_SEED,
+        registry=place.registry,
+    )
+    return [
+        {
+            **said,
+            "world": world,
+            "rollouts": form.rollouts,
+            **{name: measures[name][0] for name in ("speed", "success", "upright")},
+        }
+        for world, measures in found.worlds.items()
+    ]
+
+
+def made(place: Place, url: str, seconds: float, parameters: int, **said: Any) -> dict[str, Any]:
+    """What a version cost."""
+    from registry import Registry
+
+    with Registry.open(place.registry) as registry:
+        version = registry.show(url.removeprefix("registry://")).found.record
+    return {
+        **said,
+        "reference": version.reference,
+        "seconds": seconds,
+        "parameters": parameters,
+        "bytes": version.size,
+        "bytes_new": version.bytes_new,
+    }
+
+
+def experts(form: Form, worlds: Sequence[str]) -> Part:
+    """The experts themselves, from the same starts."""
+    part = Part()
+    simulation = TASK.simulation([world for world in worlds for _ in range(form.rollouts)])
+    rows = {world: slice(at * form.rollouts, (at + 1) * form.rollouts) for at, world in enumerate(worlds)}
+    all_experts = {world: Expert.load(world) for world in worlds}
+    obs = simulation.reset(EXPERT_SEED)
+    for _ in range(form.steps):
+        obs = simulation.step(numpy.concatenate([all_experts[world].act(obs[rows[world]]) for world in worlds]))
+    for world in worlds:
+        measures = {name: float(values[rows[world]].mean()) for name, values in simulation.measures().items()}
+        said = {"what": "expert", "trained_on": world, "world": world, "seed": None, "rollouts": form.rollouts}
+        part.records.append({**said, **measures})
+    return part
+
+
+# ---------------------------------------------------------------- the pieces, each in a process of its own
+
+
+def base_piece(place: Place, seed: int) -> Part:
+    form = place.form
+    tag = "v1" if seed == form.seeds[0] else f"seed-{seed}"
+    overrides = [
+        f"dataset.path={place.data(seed, ORIGINAL)}",
+        f"training.seed={seed}",
+        f"registry.push_policy=registry://cheetah/base:{tag}",
+        *form.base,
+    ]
+    trained = train(place, "cheetah_base", overrides)
+    said = {"what": "base", "trained_on": ORIGINAL, "seed": seed}
+    worlds = [ORIGINAL, *form.worlds, *(f"{a}-{b}" for a, b in form.pairs)]
+    cost = made(place, trained.url, trained.seconds, trained.parameters, **said)
+    return Part(act(place, f"cheetah/base:{tag}", worlds, **said), made=[cost])
+
+
+def world_piece(place: Place, seed: int, world: str, what: str) -> Part:
+    """A LoRA (`lora`) or a full fine-tuning (`full`) for one world."""
+    form = place.form
+    tag = "prod" if seed == form.seeds[0] else f"seed-{seed}"
+    base = f"registry://cheetah/base:{'v1' if seed == form.seeds[0] else tag}"
+    name = f"cheetah/{world}" if what == "lora" else f"cheetah/{world}-full"
+    begin = "policy.lora.base_model_path" if what == "lora" else "policy.init_from"
+    push = "registry.push_adapter" if what == "lora" else "registry.push_policy"
+    overrides = [
+        f"{begin}={base}",
+        f"{push}=registry://{name}:{tag}",
+        f"dataset.path={place.data(seed, world)}",
+        f"dataset.world={world}",
+        f"training.seed={seed}",
+        *form.adapter,
+    ]
+    part, lost = Part(), 0.0
+    rollout = None
+    if form.curves == world:
+        overrides.append(f"training.rollout_every={form.curve_every}")
+
+        def rollout(policy: Any) -> dict[str, float]:
+            nonlocal lost
+            began = time.perf_counter()
+            speed = short_speed(policy, world)
+            lost += time.perf_counter() - began
+            return {"speed": speed}
+
+    trained = train(place, f"cheetah_{what}", overrides, rollout)
+    measured = [line for line in trained.metrics if "speed" in line]
+    part.curves += [
+        {"what": what, "world": world, "seed": seed, "step": line["global_step"], "speed": line["speed"]}
+        for line in measured
+    ]
+    said = {"what": what, "trained_on": world, "seed": seed}
+    part.made.append(made(place, trained.url, trained.seconds - lost, trained.parameters, **said))
+    worlds = [world, ORIGINAL]
+    if what == "lora":  # its pairs as well: what merged adapters are compared with
+        both = [pair for pair in form.pairs if world in pair]
+        worlds += [other for pair in both for other in pair if other != world] + [f"{a}-{b}" for a, b in both]
+    part.records += act(place, f"{name}:{tag}", worlds, **said)
+    return part
+
+
+def pair_piece(place: Place, seed: int, pair: tuple[str, str]) -> Part:
+    """Adapters of two worlds: merged by each method, and one trained on the data of both."""
+    from registry import Registry
+
+    form, name = place.form, "-".join(pair)
+    first = seed == form.seeds[0]
+    tag, base = ("prod", "v1") if first else (f"seed-{seed}", f"seed-{seed}")
+    worlds = [*pair, name]
+    part = Part()
+    with Registry.open(place.registry) as registry:
+        parents = [f"cheetah/{world}:{tag}" for world in pair]
+        alike = registry.similarity(parents)
+        part.similarity.append({"pair": list(pair), "seed": seed, **similarity_of(alike)})
+        for method in form.methods:
+            rank = {} if method == "cat" else {"rank": 16}
+            began = time.perf_counter()
+            merged = registry.merge(parents, f"cheetah/{name}-{method}", method=method, tags=[tag], **rank)
+            said = {"what": "merged", "method": method, "trained_on": name, "seed": seed}
+            part.made.append(made(place, merged.reference, time.perf_counter() - began, 0, **said))
+            part.records += act(place, merged.reference, worlds, **said)
+    overrides = [
+        f"policy.lora.base_model_path=registry://cheetah/base:{base}",
+        f"registry.push_adapter=registry://cheetah/{name}-both:{tag}",
+        f"dataset.path={place.data(seed, *pair)}",
+        f"training.seed={seed}",
+        *form.adapter,
+    ]
+    trained = train(place, "cheetah_lora", overrides)
+    said = {"what": "both", "trained_on": name, "seed": seed}
+    part.made.append(made(place, trained.url, trained.seconds, trained.parameters, **said))
+    part.records += act(place, f"cheetah/{name}-both:{tag}", worlds, **said)
+    return part
+
+
+def similarity_of(found: Any) -> dict[str, float]:
+    [pair] = found.pairs
+    return {"cosine": pair.overall.cosine, "conflict": pair.overall.weighted_conflict}
+
+
+def short_speed(policy: Any, world: str) -> float:
+    """Mean speed of 50 roll-outs of 10 s."""
+    from pdp.rollout import roll_out
+
+    found = roll_out(policy, TASK.simulation([world] * 50), steps=200, execute=TASK.execute, seed=EXPERT_SEED)
+    return float(found.measures["speed"].mean())
+
+
+def switching_piece(place: Place, world: str) -> dict[str, Any]:
+    """Loads an adapter into a policy that runs, and takes it off again: forward speed at each control step."""
+    from pdp.policy import DiffusionPolicy
+    from pdp.rollout import roll_out
+
+    adapter, loaded_at, unloaded_at, steps = f"cheetah/{world}:prod", 100, 200, 300
+    policy = DiffusionPolicy.from_checkpoint("registry://cheetah/base:v1", registry=place.registry)
+    simulation = TASK.simulation([world] * place.form.rollouts)
+    way = []
+
+    def watch(step: int) -> None:
+        way.append(simulation.way())
+        if step == loaded_at:
+            policy.load_adapter(f"registry://{adapter}", registry=place.registry)
+        if step == unloaded_at:
+            policy.unload_adapter()
+
+    roll_out(policy, simulation, steps=steps, execute=TASK.execute, seed=EXPERT_SEED, watch=watch)
+    way.append(simulation.way())
+    speed = numpy.diff(numpy.stack(way, axis=1), axis=1) / simulation.batch.control_seconds
+    return {
+        "world": world,
+        "adapter": adapter,
+        "control_seconds": simulation.batch.control_seconds,
+        "loaded_at": loaded_at,
+        "unloaded_at": unloaded_at,
+        "speed": [[round(float(one), 3) for one in row] for row in speed],
+    }
+
+
+# ---------------------------------------------------------------- all of it
+
+
+def run_study(place: Place, processes: int) -> dict[str, Any]:
+    """Everything of a form.
+
+    Returns:
+        What `docs/cheetah/results.json` holds.
+    """
+    from registry import Registry
+
+    form = place.form
+    began = time.perf_counter()
+    place.folder.mkdir(parents=True, exist_ok=True)
+    Registry.init(place.registry).close()
+    whole = experts(form, [ORIGINAL, *form.worlds, *("-".join(pair) for pair in form.pairs)])
+    whats = ("lora", "full") if form.full else ("lora",)
+    rounds: list[list[Callable[[], Part]]] = [
+        [partial(base_piece, place, seed) for seed in form.seeds],
+        [
+            partial(world_piece, place, seed, world, what)
+            for what in whats
+            for world in form.worlds
+            for seed in form.seeds
+        ],
+        [partial(pair_piece, place, seed, pair) for pair in form.pairs for seed in form.seeds],
+    ]
+    # Data before the processes part: two that need the same would both make it.
+    for seed in form.seeds:
+        for world in (ORIGINAL, *form.worlds):
+            place.data(seed, world)
+    tell(f"{len(form.seeds) * (len(form.worlds) + 1)} data sets", began)
+    # Fresh processes: torch's threads do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=quiet) as pool:
+        for pieces in rounds:
+            for future in [pool.submit(piece) for piece in pieces]:
+                part = future.result()
+                whole.add(part)
+                for one in part.made:
+                    tell(one["reference"], began)
+    found = vars(whole)
+    if form.curves:
+        found["switching"] = switching_piece(place, form.curves)
+    found["form"] = {"seeds": list(form.seeds), "rollouts": form.rollouts, "steps": form.steps, "execute": TASK.execute}
+    found["minutes"] = (time.perf_counter() - began) / 60
+    found["processes"] = processes
+    return found
+
+
+def quiet() -> None:
+    """One thread for each process, and no word of alembic's."""
+    import torch
+
+    torch.set_num_threads(1)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+def tell(what: str, began: float) -> None:
+    print(f"{time.perf_counter() - began:6.0f} s  {what}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--form", choices=FORMS, default="full")
+    parser.add_argument("--registry", default=".cheetah/registry", help="made where it is not there")
+    parser.add_argument("--folder", type=Path, default=Path(".cheetah/work"), help="of data sets and runs")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--processes", type=int, default=2)
+    given = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    quiet()
+    place = Place(FORMS[given.form], str(Path(given.registry).absolute()), given.folder.absolute())
+    found = run_study(place, given.processes)
+    given.results.parent.mkdir(parents=True, exist_ok=True)
+    given.results.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    print(f"{found['minutes']:.1f} minutes; wrote {given.results}")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("default")
+    main()

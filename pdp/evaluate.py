@@ -1,0 +1,214 @@
+"""`python -m pdp.evaluate registry://cheetah/gear:prod --world gear`: rolls a policy out in one or more worlds of a
+task, and notes with its version what came of it, as metrics that `registry list --where` asks for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from pdp.errors import ConfigError
+from registry.core.errors import RegistryError
+
+if TYPE_CHECKING:
+    from pdp.checkpoints import RegistryCheckpoint
+    from pdp.simulation import Task
+    from registry import Registry
+
+RECORDED = ("task", "world")
+"""Metadata that training takes from the recipe of its data."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a policy did.
+
+    Attributes:
+        reference: the version, `namespace/name@number`; None of a file.
+        task: its name.
+        worlds: by world and measure, (mean, half of its 95 % interval over roll-outs).
+        rollouts: in each world.
+        metrics: as they are noted with the version.
+        seconds: of all roll-outs.
+    """
+
+    reference: str | None
+    task: str
+    worlds: Mapping[str, Mapping[str, tuple[float, float]]]
+    rollouts: int
+    steps: int
+    execute: int
+    metrics: Mapping[str, float]
+    seconds: float
+
+
+def evaluate(
+    path: str | os.PathLike[str],
+    worlds: Sequence[str] = (),
+    *,
+    task: Task | None = None,
+    base: str | os.PathLike[str] | None = None,
+    rollouts: int = 50,
+    steps: int | None = None,
+    execute: int | None = None,
+    seed: int = 0,
+    threads: int = 1,
+    device: str = "cpu",
+    push: bool = True,
+    registry: Registry | str | os.PathLike[str] | None = None,
+) -> Evaluation:
+    """Rolls a policy out, the same number of times in each world.
+
+    Args:
+        path: a `registry://` URL or a file, as `DiffusionPolicy.from_checkpoint` takes it.
+        worlds: of the task; by default the one that the version was trained in.
+        task: by default the one that the version records, among those of `pdp.simulation.known_tasks`.
+        base: of a file that holds an adapter alone: the checkpoint that it was trained from.
+        steps, execute: by default the task's.
+        threads: of torch: networks as small as a policy's are slower with more than one.
+        push: note the metrics with the version. A measure in the world that the version was trained in has its own
+            name, as `speed`; in every world it has the name `<world>/<measure>`. `..._ci95` is half of its interval.
+
+    Raises:
+        TaskNotFound, WorldNotFound: with what there is.
+        Incompatible: a policy of other observations or actions; ActionNotFinite, SimulationDiverged: when and where.
+        InvalidInput, NotFound, CheckpointError
+    """
+    import torch
+
+    from pdp.checkpoints import RegistryCheckpoint, read_checkpoint
+    from pdp.policy import DiffusionPolicy
+    from pdp.rollout import mean_and_interval, roll_out
+    from pdp.simulation import check_world, find_task, known_tasks
+
+    if rollouts < 1:
+        raise ConfigError(f"rollouts is {rollouts}; expected 1 or more")
+    checkpoint = read_checkpoint(path, registry)
+    version = checkpoint if isinstance(checkpoint, RegistryCheckpoint) else None
+    recorded = {} if version is None else _recorded(version)
+    task = task or find_task(recorded.get("task"), known_tasks())
+    wanted = list(dict.fromkeys(worlds)) or [recorded[key] for key in recorded if key == "world"]
+    if not wanted:
+        raise ConfigError(f"{checkpoint.what} does not say in which world it was trained; give --world")
+    for world in wanted:
+        check_world(task, world)
+    policy = DiffusionPolicy.from_checkpoint(checkpoint, base, registry=registry).to(torch.device(device))
+    simulation = task.simulation([world for world in wanted for _ in range(rollouts)])
+    execute = task.execute if execute is None else execute
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rollout = roll_out(policy, simulation, steps=task.steps if steps is None else steps, execute=execute, seed=seed)
+    finally:
+        torch.set_num_threads(before)
+    results = {
+        world: {name: mean_and_interval(values) for name, values in rollout.of_world(world).items()} for world in wanted
+    }
+    metrics = _metrics(results, recorded.get("world"), rollouts)
+    if push and version is not None:
+        version.registry.annotate(version.reference, metrics=metrics)
+    reference = None if version is None else version.reference
+    return Evaluation(reference, task.name, results, rollouts, rollout.steps, execute, metrics, rollout.seconds)
+
+
+def _recorded(version: RegistryCheckpoint) -> dict[str, str]:
+    """Task and world that a version was trained in, as far as it says."""
+    metadata = version.registry.get(version.reference).metadata
+    return {key: value for key in RECORDED if isinstance(value := metadata.get(key), str)}
+
+
+def _metrics(
+    results: Mapping[str, Mapping[str, tuple[float, float]]], own: str | None, rollouts: int
+) -> dict[str, float]:
+    found: dict[str, float] = {"rollouts": rollouts}
+    for world, measures in results.items():
+        for name, (mean, half) in measures.items():
+            for place in (f"{world}/{name}", *([name] if world == own else [])):
+                found[place] = mean
+                if math.isfinite(half):
+                    found[f"{place}_ci95"] = half
+    return found
+
+
+# ---------------------------------------------------------------- the command
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("reference")
+@click.option("--world", "worlds", multiple=True, help="World to act in, several times for several; else its own.")
+@click.option("--task", "module", help="Module with the TASK; else one of tool.pdp.tasks in pyproject.toml.")
+@click.option("--base", help="Of a file that holds an adapter alone: the checkpoint that it was trained from.")
+@click.option("--rollouts", default=50, show_default=True, help="Episodes in each world.")
+@click.option("--steps", type=int, help="Control steps of an episode; else the task's.")
+@click.option("--execute", type=int, help="Actions of each prediction that are carried out; else the task's.")
+@click.option("--seed", default=0, show_default=True, help="Of starts and noise.")
+@click.option("--threads", default=1, show_default=True, help="Of torch: small networks are fastest with one.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--no-push", is_flag=True, help="Do not note the metrics with the version.")
+@click.option("--registry", help="The registry; else as the command registry finds it.")
+@click.option("--json", "as_json", is_flag=True, help="One document on standard output.")
+def command(
+    reference: str,
+    worlds: tuple[str, ...],
+    module: str | None,
+    base: str | None,
+    rollouts: int,
+    steps: int | None,
+    execute: int | None,
+    seed: int,
+    threads: int,
+    device: str,
+    no_push: bool,
+    registry: str | None,
+    as_json: bool,
+) -> None:
+    r"""Rolls out a policy or an adapter REFERENCE (a registry:// URL or a file) and notes what came of it.
+
+    \b
+    python -m pdp.evaluate registry://cheetah/gear:prod --world gear
+    """
+    from pdp.simulation import load_task
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    try:
+        found = evaluate(
+            reference,
+            worlds,
+            task=None if module is None else load_task(module),
+            base=base,
+            rollouts=rollouts,
+            steps=steps,
+            execute=execute,
+            seed=seed,
+            threads=threads,
+            device=device,
+            push=not no_push,
+            registry=registry,
+        )
+    except RegistryError as error:
+        print(f"pdp.evaluate: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    if as_json:
+        print(json.dumps({**asdict(found), "metrics": dict(found.metrics)}, sort_keys=True))
+        return
+    print(f"{found.reference or reference}: {found.rollouts} roll-outs of {found.steps} steps in {found.seconds:.1f} s")
+    for world, measures in found.worlds.items():
+        print(f"{world:16}" + "  ".join(f"{name} {mean:.2f} ± {half:.2f}" for name, (mean, half) in measures.items()))
+    if found.reference is not None and not no_push:
+        print(f"noted {len(found.metrics)} metrics with {found.reference}")
+
+
+def main() -> None:
+    """The command. Exit codes are those of the registry's error tree; 2 is wrong usage."""
+    command.main(prog_name="python -m pdp.evaluate")
+
+
+if __name__ == "__main__":
+    main()

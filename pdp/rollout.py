@@ -1,0 +1,123 @@
+"""A policy that acts: it predicts actions for all environments at once, carries out the first few, and looks again. The
+same policy, seed and simulation give the same bits on the CPU."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+
+from pdp.errors import ActionNotFinite
+from pdp.policy import DiffusionPolicy
+from pdp.simulation import Simulation
+from registry.core.errors import Incompatible, InvalidInput
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What came of an episode in each environment.
+
+    Attributes:
+        worlds: of each of the B environments.
+        measures: (B,) by name, as the simulation has them.
+        steps: control steps.
+        seconds: that it took.
+    """
+
+    worlds: tuple[str, ...]
+    measures: Mapping[str, Any]
+    steps: int
+    seconds: float
+
+    def of_world(self, world: str) -> dict[str, Any]:
+        """The measures of the environments in one world."""
+        rows = [row for row, name in enumerate(self.worlds) if name == world]
+        return {name: values[rows] for name, values in self.measures.items()}
+
+
+def roll_out(
+    policy: DiffusionPolicy,
+    simulation: Simulation,
+    *,
+    steps: int,
+    execute: int = 1,
+    seed: int = 0,
+    watch: Callable[[int], None] | None = None,
+) -> Rollout:
+    """Rolls a policy out in all environments of a simulation at once.
+
+    Args:
+        steps: control steps of the episode.
+        execute: actions of each prediction that are carried out before the next, from 1 to the policy's T_action.
+        seed: of the starts and of the noise that actions are made from.
+        watch: called before each control step with its number, from 0. What it does to the policy (another adapter)
+            holds from the next prediction on.
+
+    Raises:
+        ActionNotFinite: says when and where.
+        SimulationDiverged: the same.
+        Incompatible: a policy of other observations or actions than the simulation's.
+        InvalidInput: `steps` or `execute` out of range.
+    """
+    _check(policy, simulation, steps, execute)
+    began = time.perf_counter()
+    device = next(policy.model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    obs = numpy.asarray(simulation.reset(seed), dtype=numpy.float32)
+    seen = [obs] * policy.T_obs
+    planned: Any = None
+    for step in range(steps):
+        if watch is not None:
+            watch(step)
+        place = step % execute
+        if place == 0:
+            stack = torch.from_numpy(numpy.stack(seen, axis=1))
+            planned = policy.predict_action({"obs": stack}, generator=generator)["action"].cpu().numpy()
+        action = planned[:, place].astype(numpy.float64)
+        bad = ~numpy.isfinite(action).all(axis=1)
+        if bad.any():
+            row = int(bad.argmax())
+            raise ActionNotFinite(
+                f"the policy's action is not finite at control step {step + 1} of {steps}, in {int(bad.sum())} of "
+                f"{len(action)} environments, the first of them {row} (world {simulation.worlds[row]}); look for "
+                "NaN in the version's tensors: registry show names them",
+                step=step + 1,
+                environment=row,
+            )
+        obs = numpy.asarray(simulation.step(action), dtype=numpy.float32)
+        seen = [*seen[1:], obs]
+    return Rollout(simulation.worlds, simulation.measures(), steps, time.perf_counter() - began)
+
+
+def mean_and_interval(values: Any) -> tuple[float, float]:
+    """Mean, and half of the 95 % interval of it over roll-outs: 1.96 s / sqrt(n). It covers starts and sampling noise,
+    not the seeds of training."""
+    values = numpy.asarray(values, dtype=numpy.float64)
+    if len(values) < 2:
+        return float(values.mean()), math.nan
+    return float(values.mean()), float(1.96 * values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def _check(policy: DiffusionPolicy, simulation: Simulation, steps: int, execute: int) -> None:
+    differing = [
+        f"{key}: the simulation has {there}, the policy {here}"
+        for key, here, there in (
+            ("obs_dim", policy.obs_dim, simulation.obs_dim),
+            ("action_dim", policy.action_dim, simulation.action_dim),
+        )
+        if here != there
+    ]
+    if differing:
+        raise Incompatible(f"the policy is of another task: {'; '.join(differing)}")
+    if steps < 1:
+        raise InvalidInput(f"steps is {steps}; expected 1 or more")
+    if not 1 <= execute <= policy.T_action:
+        raise InvalidInput(
+            f"execute is {execute}, and the policy predicts T_action = {policy.T_action} actions at a time; expected 1 "
+            f"to {policy.T_action}"
+        )
