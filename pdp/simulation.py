@@ -104,7 +104,7 @@ def load_task(name: str) -> Task:
             f"the task {shown(repr(name))} cannot be imported: {error}; give a module with an attribute TASK, and "
             "run where it can be found"
         ) from error
-    except ValueError as error:  # an empty name
+    except (ValueError, TypeError) as error:  # an empty name, or one that begins with a dot
         raise TaskNotFound(f"the task is {shown(repr(name))}; expected the name of a module") from error
     task = getattr(module, "TASK", None)
     if not isinstance(task, Task):

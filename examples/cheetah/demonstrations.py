@@ -1,5 +1,5 @@
-"""Demonstrations of the experts, as PDP makes them: what is carried out is the expert's action with noise, what is learned
-is the action without it. The same seed gives the same bits.
+"""Demonstrations of the experts, as PDP makes them: what is carried out is the expert's action with noise, what is
+learned is the action without it. The same seed gives the same bits.
 
     python -m examples.cheetah.demonstrations gear gear.zarr --episodes 80 --noise 0.2
 """

@@ -1,5 +1,6 @@
-"""The experts: linear policies, made by augmented random search (Mania, Guy and Recht 2018, V2 with the best directions)
-in the simulator. Each is 6 x 17 numbers and lies in `experts/`, with its recipe and its speed in the file's header.
+"""The experts: linear policies, made by augmented random search (Mania, Guy and Recht 2018, V2 with the best
+directions) in the simulator. Each is 6 x 17 numbers and lies in `experts/`, with its recipe and its speed in the file's
+header.
 
     python -m examples.cheetah.expert                    makes them all again, in minutes
     python -m examples.cheetah.expert gear --go-on 20    goes on from the one that is there, and says how it does
@@ -55,8 +56,8 @@ class Recipe:
 FROM_NOTHING = Recipe(seed=1, iterations=217)
 GOING_ON = Recipe(seed=0, iterations=200, directions=24, horizon=200, frozen=True, start=ORIGINAL)
 SEEDS = {"gear": 2, "mass": 3, "slope": 2, "gravity": 2, "gear-mass": 1, "gear-gravity": 1, "mass-slope": 1}
-"""Seeds differ much: of 16 for the original world, 4 for each change and 2 for each pair these gave the best speed times
-the part that ended on its feet; docs/cheetah.md has the numbers. Of a world that is not named: 0."""
+"""Seeds differ much: of 16 for the original world, 4 for each change and 2 for each pair these gave the best speed
+times the part that ended on its feet; docs/cheetah.md has the numbers. Of a world that is not named: 0."""
 
 
 def recipe_of(world: str) -> Recipe:

@@ -32,7 +32,16 @@ from examples.cheetah.worlds import CHANGES, ORIGINAL, PAIRS
 
 CONFIG = Path(__file__).parent / "config"
 RESULTS = Path("docs/cheetah/results.json")
-METHODS = ("cat", "svd", "ties", "knots", "tsv")
+METHODS = {
+    "cat": {},
+    "cat-half": {"weights": (0.5, 0.5)},
+    "svd": {"rank": 8},
+    "ties": {"rank": 8},
+    "knots": {"rank": 8},
+    "tsv": {"rank": 8},
+}
+"""What is asked of `Registry.merge`. The plain sum has rank 16; the others are cut to the rank that one parent has, so
+that they cost what one adapter costs."""
 EXPERT_SEED = 10_000  # of the roll-outs' starts and noise, away from those of the data
 
 
@@ -59,7 +68,7 @@ class Form:
     adapter_data: tuple[int, int]
     rollouts: int
     steps: int
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = tuple(METHODS)
     curves: str | None = None
     curve_every: int = 2
 
@@ -309,9 +318,12 @@ def pair_piece(place: Place, seed: int, pair: tuple[str, str]) -> Part:
         alike = registry.similarity(parents)
         part.similarity.append({"pair": list(pair), "seed": seed, **similarity_of(alike)})
         for method in form.methods:
-            rank = {} if method == "cat" else {"rank": 16}
+            options: dict[str, Any] = dict(METHODS[method])
+            sources = dict(zip(parents, options.pop("weights", (1.0, 1.0)), strict=True))
             began = time.perf_counter()
-            merged = registry.merge(parents, f"cheetah/{name}-{method}", method=method, tags=[tag], **rank)
+            merged = registry.merge(
+                sources, f"cheetah/{name}-{method}", method=method.partition("-")[0], tags=[tag], **options
+            )
             said = {"what": "merged", "method": method, "trained_on": name, "seed": seed}
             part.made.append(made(place, merged.reference, time.perf_counter() - began, 0, **said))
             part.records += act(place, merged.reference, worlds, **said)

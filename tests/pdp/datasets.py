@@ -28,5 +28,5 @@ def synthetic(
     return {"obs": numpy.concatenate(obs), "action": numpy.concatenate(action), "episode_ends": ends}
 
 
-def write_synthetic(path: Path, **sizes: Any) -> Path:
-    return write_dataset(path, **synthetic(**sizes), recipe={"made_by": "tests", **sizes})
+def write_synthetic(path: Path, recipe: dict[str, Any] | None = None, **sizes: Any) -> Path:
+    return write_dataset(path, **synthetic(**sizes), recipe={"made_by": "tests", **sizes, **(recipe or {})})
