@@ -16,17 +16,18 @@ WORKERS ?= 2
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test exhaustive lint bench docs clean
+.PHONY: help setup demo test exhaustive study experts lint bench docs clean
 
 help: ## This list
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 setup: $(READY) ## .venv with everything, from constraints-cpu.txt; the others do it when needed
 
-demo: $(READY) ## Adapters of a real model; files of an older framework; a diffusion policy trained and resumed
+demo: $(READY) ## Adapters of a real model; files of an older framework; diffusion policies that are trained and act
 	$(BIN)/python examples/minilm_adapters.py
 	$(BIN)/python examples/legacy_files.py
 	$(BIN)/python examples/lora_save_load_example.py
+	$(BIN)/python -m examples.cheetah.demo
 
 # worksteal keeps a module's tests on one worker, so that models and servers are made once, and still ends evenly.
 # One thread a worker: two workers with two threads each take longer on two cores.
@@ -35,6 +36,14 @@ test: $(READY) ## All tests; one of them: make test TESTS=tests/store
 
 exhaustive: $(READY) ## Crashes at every stage of what takes long; `make test` leaves them out
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m exhaustive -n $(WORKERS) $(TESTS)
+
+study: $(READY) ## The study of docs/cheetah.md in full, its tables and pictures: about half an hour on two cores
+	$(BIN)/python -m examples.cheetah.study
+	$(BIN)/python -m examples.cheetah.report
+	$(BIN)/python -m examples.cheetah.pictures --registry .cheetah/registry
+
+experts: $(READY) ## The cheetah's experts again, from nothing, into examples/cheetah/experts: about ten minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m examples.cheetah.expert
 
 lint: $(READY) ## ruff, mypy, import-linter, and models against migrations
 	$(BIN)/ruff check
@@ -52,7 +61,7 @@ docs: $(READY) ## Runs every example in README.md and docs/
 	$(BIN)/python -m pytest tests/docs
 
 clean: ## Takes away .venv, builds and caches
-	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv dist build .cheetah .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first, alone: with it there, nothing later can ask for a CUDA build.

@@ -100,6 +100,12 @@ class Expert:
         return cls(**tensors, speed=float(said["speed"]), upright=float(said["upright"]))
 
 
+def recorded_recipe(path: Path) -> Recipe:
+    """How a file's expert was made."""
+    with safe_open(path, framework="numpy") as file:
+        return Recipe(**json.loads(file.metadata()["recipe"]))
+
+
 class Seen:
     """Running mean and variance of observations."""
 
@@ -156,9 +162,7 @@ def search(
             mean, deviation = seen.mean, seen.deviation
         if told is not None:
             told(iteration, float(reward.mean() / recipe.horizon))
-    expert = Expert(matrix, mean, deviation)
-    expert.speed, expert.upright = measure(expert, world)
-    return expert
+    return Expert(matrix, mean, deviation)
 
 
 def measure(
@@ -177,6 +181,7 @@ def make(world: str, recipe: Recipe, folder: Path) -> str:
     """Makes one expert, and writes it."""
     start = None if recipe.start is None else Expert.load(recipe.start, folder)
     expert = search(world, recipe, start)
+    expert.speed, expert.upright = measure(expert, world)
     expert.save(folder / f"{world}.safetensors", world, recipe)
     return f"{world}: {expert.speed:.2f} m/s, {expert.upright:.0%} end on their feet"
 
@@ -214,7 +219,7 @@ def main() -> None:
     better = search(
         given.world, recipe, expert, lambda at, reward: print(f"{at:4d}  mean reward of tries {reward:.3f}")
     )
-    print(f"{expert.speed:.3f} m/s before, {better.speed:.3f} after")
+    print(f"{expert.speed:.3f} m/s before, {measure(better, given.world)[0]:.3f} after")
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def costs(results: Results) -> str:
                     f"{statistics.fmean(one['seconds'] for one in made):.0f}",
                 ]
             )
-    head = ["", "trained parameters", "kB of the version", "kB added to the registry", "seconds of training"]
+    head = ["", "trained parameters", "kB of the version", "kB added to the registry", "processor seconds of training"]
     return table(head, rows)
 
 

@@ -13,6 +13,7 @@ import json
 import logging
 import multiprocessing
 import os
+import resource
 import sys
 import time
 import warnings
@@ -153,7 +154,7 @@ class Trained:
     Attributes:
         url: of the version that was pushed.
         parameters: that were trained.
-        seconds: of the training, its data read and its version pushed.
+        seconds: of processor time, on the one thread that it uses: data read, trained, pushed.
         metrics: the lines of its file of metrics.
     """
 
@@ -174,11 +175,11 @@ def train(
 
     with initialize_config_dir(config_dir=str(CONFIG.absolute()), version_base="1.3"):
         cfg = compose(config, [f"hydra.searchpath=[file://{CONFIG_FOLDER}]", "logging.progress=false", *overrides])
-    began = time.perf_counter()
+    began = time.process_time()
     folder = place.folder / f"run-{os.getpid()}-{time.monotonic_ns()}"
     run = DiffusionPolicyWorkspace(cfg, folder, registry=place.registry, rollout=rollout)
     run.run()
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     lines = (folder / cfg.logging.metrics_file).read_text(encoding="utf-8").splitlines()
     parameters = sum(one.numel() for one in run.model.parameters() if one.requires_grad)
     return Trained(run.pushed[0], parameters, seconds, [json.loads(line) for line in lines])
@@ -283,9 +284,9 @@ def world_piece(place: Place, seed: int, world: str, what: str) -> Part:
 
         def rollout(policy: Any) -> dict[str, float]:
             nonlocal lost
-            began = time.perf_counter()
-            speed = short_speed(policy, world)
-            lost += time.perf_counter() - began
+            began = time.process_time()
+            speed = speed_of(place, policy, world)
+            lost += time.process_time() - began
             return {"speed": speed}
 
     trained = train(place, f"cheetah_{what}", overrides, rollout)
@@ -320,12 +321,12 @@ def pair_piece(place: Place, seed: int, pair: tuple[str, str]) -> Part:
         for method in form.methods:
             options: dict[str, Any] = dict(METHODS[method])
             sources = dict(zip(parents, options.pop("weights", (1.0, 1.0)), strict=True))
-            began = time.perf_counter()
+            began = time.process_time()
             merged = registry.merge(
                 sources, f"cheetah/{name}-{method}", method=method.partition("-")[0], tags=[tag], **options
             )
             said = {"what": "merged", "method": method, "trained_on": name, "seed": seed}
-            part.made.append(made(place, merged.reference, time.perf_counter() - began, 0, **said))
+            part.made.append(made(place, merged.reference, time.process_time() - began, 0, **said))
             part.records += act(place, merged.reference, worlds, **said)
     overrides = [
         f"policy.lora.base_model_path=registry://cheetah/base:{base}",
@@ -346,11 +347,13 @@ def similarity_of(found: Any) -> dict[str, float]:
     return {"cosine": pair.overall.cosine, "conflict": pair.overall.weighted_conflict}
 
 
-def short_speed(policy: Any, world: str) -> float:
-    """Mean speed of 50 roll-outs of 10 s."""
+def speed_of(place: Place, policy: Any, world: str) -> float:
+    """Mean speed of a policy in training, measured as all others are."""
     from pdp.rollout import roll_out
 
-    found = roll_out(policy, TASK.simulation([world] * 50), steps=200, execute=TASK.execute, seed=EXPERT_SEED)
+    form = place.form
+    simulation = TASK.simulation([world] * form.rollouts)
+    found = roll_out(policy, simulation, steps=form.steps, execute=TASK.execute, seed=EXPERT_SEED)
     return float(found.measures["speed"].mean())
 
 
@@ -430,8 +433,15 @@ def run_study(place: Place, processes: int) -> dict[str, Any]:
         found["switching"] = switching_piece(place, form.curves)
     found["form"] = {"seeds": list(form.seeds), "rollouts": form.rollouts, "steps": form.steps, "execute": TASK.execute}
     found["minutes"] = (time.perf_counter() - began) / 60
+    found["processor_minutes"] = processor_seconds() / 60
     found["processes"] = processes
     return found
+
+
+def processor_seconds() -> float:
+    """Of this process and of those that it had."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def quiet() -> None:
@@ -460,7 +470,7 @@ def main() -> None:
     found = run_study(place, given.processes)
     given.results.parent.mkdir(parents=True, exist_ok=True)
     given.results.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    print(f"{found['minutes']:.1f} minutes; wrote {given.results}")
+    print(f"{found['minutes']:.1f} minutes, {found['processor_minutes']:.1f} of a processor; wrote {given.results}")
 
 
 if __name__ == "__main__":

@@ -134,5 +134,5 @@ def row(
 
 def _said(version: Version, field: str, key: str) -> str:
     if field == "metric":
-        return human_number(version.metrics.get(key))
+        return human_number(version.metrics.get(key), digits=6)
     return escaped(str(version.metadata.get(key, "-")))

@@ -154,9 +154,15 @@ def human_size(size: int) -> str:
     return f"{amount:.1f} {units[power]}"
 
 
-def human_number(number: float | None) -> str:
-    """A number without a needless `.0`; `-` where it is not known."""
-    return "-" if number is None else f"{number:.15g}"
+def human_number(number: float | None, digits: int = 15) -> str:
+    """A number without a needless `.0`; `-` where it is not known.
+
+    Args:
+        digits: of a number that is not whole.
+    """
+    if number is None:
+        return "-"
+    return f"{number:.15g}" if number == round(number, 0) else f"{number:.{digits}g}"
 
 
 def human_time(moment: datetime, *, seconds: bool = False) -> str:
