@@ -7,9 +7,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import mujoco
 import numpy
-from mujoco.rollout import Rollout
+
+try:
+    import mujoco
+    from mujoco.rollout import Rollout
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"{error}; to simulate: pip install 'lora-registry[simulation]'", name=error.name
+    ) from error
 
 from pdp.errors import SimulationDiverged
 from registry.core.errors import InvalidInput
@@ -18,7 +24,7 @@ FULL = mujoco.mjtState.mjSTATE_FULLPHYSICS
 
 
 class MujocoBatch:
-    """Environments with one model each; the models have the same sizes.
+    """Environments with one model each; the models have the same sizes and time step.
 
     Args:
         models: one for each environment; the same object may stand several times.
@@ -38,9 +44,11 @@ class MujocoBatch:
         if not models:
             raise InvalidInput("there are no environments; give one model at least")
         first = models[0]
-        sizes = {(one.nq, one.nv, one.nu, one.na, mujoco.mj_stateSize(one, FULL)) for one in models}
+        sizes = {(one.nq, one.nv, one.nu, one.na, mujoco.mj_stateSize(one, FULL), one.opt.timestep) for one in models}
         if len(sizes) > 1:
-            raise InvalidInput(f"models of different sizes (nq, nv, nu, na, nstate) in one batch: {sorted(sizes)}")
+            raise InvalidInput(
+                f"models of different sizes (nq, nv, nu, na, nstate, timestep) in one batch: {sorted(sizes)}"
+            )
         self.models = tuple(models)
         self.frame_skip = frame_skip
         for model in set(self.models):
@@ -86,8 +94,12 @@ class MujocoBatch:
             control: (B, nu) float64, held for the physics steps of the control step.
 
         Raises:
+            InvalidInput: control of another form.
             SimulationDiverged: a state is not finite afterwards, or grew beyond what MuJoCo computes with.
         """
+        control = numpy.asarray(control, dtype=numpy.float64)
+        if control.shape != (len(self), self._nu):
+            raise InvalidInput(f"control is of the form {control.shape}; expected ({len(self)}, {self._nu})")
         held = numpy.repeat(control[:, None, :], self.frame_skip, axis=1)
         with _quiet():
             states, _ = self._pool.rollout(list(self.models), self._data, self.state, held)

@@ -65,6 +65,22 @@ def roll_out(
         InvalidInput: `steps` or `execute` out of range.
     """
     _check(policy, simulation, steps, execute)
+    was_training = policy.training
+    policy.eval()  # no dropout while it acts
+    try:
+        return _roll_out(policy, simulation, steps, execute, seed, watch)
+    finally:
+        policy.train(was_training)
+
+
+def _roll_out(
+    policy: DiffusionPolicy,
+    simulation: Simulation,
+    steps: int,
+    execute: int,
+    seed: int,
+    watch: Callable[[int], None] | None,
+) -> Rollout:
     began = time.perf_counter()
     device = next(policy.model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -96,8 +112,14 @@ def roll_out(
 
 def mean_and_interval(values: Any) -> tuple[float, float]:
     """Mean, and half of the 95 % interval of it over roll-outs: 1.96 s / sqrt(n). It covers starts and sampling noise,
-    not the seeds of training."""
+    not the seeds of training. Of one value there is none: nan.
+
+    Raises:
+        InvalidInput: no value.
+    """
     values = numpy.asarray(values, dtype=numpy.float64)
+    if not len(values):
+        raise InvalidInput("there are no roll-outs to take the mean of")
     if len(values) < 2:
         return float(values.mean()), math.nan
     return float(values.mean()), float(1.96 * values.std(ddof=1) / math.sqrt(len(values)))

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy
 from click.testing import CliRunner
 
+from examples.cheetah.forms import REDUCED
 from examples.cheetah.report import Results, at_home, costs, merging, speeds
-from examples.cheetah.study import REDUCED, Place, quiet, run_study, switching_piece
+from examples.cheetah.study import Place, quiet, run_study, switching_piece
 from registry import Registry
 from registry.cli.app import app
 

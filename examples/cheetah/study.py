@@ -28,79 +28,13 @@ import numpy
 
 from examples.cheetah.demonstrations import Recipe, write
 from examples.cheetah.expert import Expert
+from examples.cheetah.forms import FORMS, METHODS, Form
 from examples.cheetah.task import TASK
-from examples.cheetah.worlds import CHANGES, ORIGINAL, PAIRS
+from examples.cheetah.worlds import ORIGINAL
 
 CONFIG = Path(__file__).parent / "config"
 RESULTS = Path("docs/cheetah/results.json")
-METHODS = {
-    "cat": {},
-    "cat-half": {"weights": (0.5, 0.5)},
-    "svd": {"rank": 8},
-    "ties": {"rank": 8},
-    "knots": {"rank": 8},
-    "tsv": {"rank": 8},
-}
-"""What is asked of `Registry.merge`. The plain sum has rank 16; the others are cut to the rank that one parent has, so
-that they cost what one adapter costs."""
 EXPERT_SEED = 10_000  # of the roll-outs' starts and noise, away from those of the data
-
-
-@dataclass(frozen=True)
-class Form:
-    """How much of it.
-
-    Attributes:
-        worlds: changed ones, each with an adapter of its own.
-        pairs: of worlds whose adapters are merged.
-        base, adapter: overrides of the configurations in `config/`.
-        base_data, adapter_data: episodes, and steps of each.
-        steps: of a roll-out.
-        curves: the world of which the way through training is measured, every so many epochs.
-    """
-
-    seeds: tuple[int, ...]
-    worlds: tuple[str, ...]
-    pairs: tuple[tuple[str, str], ...]
-    full: bool
-    base: Sequence[str]
-    adapter: Sequence[str]
-    base_data: tuple[int, int]
-    adapter_data: tuple[int, int]
-    rollouts: int
-    steps: int
-    methods: tuple[str, ...] = tuple(METHODS)
-    curves: str | None = None
-    curve_every: int = 2
-
-
-FULL = Form(
-    seeds=(0, 1, 2),
-    worlds=tuple(CHANGES),
-    pairs=PAIRS,
-    full=True,
-    base=(),
-    adapter=(),
-    base_data=(160, 300),
-    adapter_data=(80, 300),
-    rollouts=50,
-    steps=300,
-    curves="gear",
-)
-REDUCED = Form(
-    seeds=(0,),
-    worlds=("gear", "mass"),
-    pairs=(("gear", "mass"),),
-    full=False,
-    base=("training.max_steps=800", "optimizer.lr=2.0e-3", "dataloader.batch_size=128"),
-    adapter=("training.max_steps=250", "optimizer.lr=4.0e-3", "dataloader.batch_size=128"),
-    base_data=(80, 250),
-    adapter_data=(40, 200),
-    rollouts=50,
-    steps=200,
-    methods=("svd",),
-)
-FORMS = {"full": FULL, "reduced": REDUCED}
 
 
 @dataclass

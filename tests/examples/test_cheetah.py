@@ -15,8 +15,9 @@ import pytest
 from examples.cheetah import demonstrations, expert
 from examples.cheetah.demonstrations import Recipe, demonstrate
 from examples.cheetah.expert import FOLDER, GOING_ON, Expert, search
+from examples.cheetah.forms import REDUCED
 from examples.cheetah.simulation import CheetahSimulation
-from examples.cheetah.study import REDUCED, Place, train
+from examples.cheetah.study import Place, train
 from examples.cheetah.task import TASK
 from examples.cheetah.worlds import CHANGES, FRAME_SKIP, ORIGINAL, PAIRS, WORLDS, world_model
 from pdp.data import DatasetError, SequenceDataset
@@ -33,9 +34,10 @@ STEPS = 50  # 2.5 s
 # ---------------------------------------------------------------- worlds and simulation
 
 
-def test_the_original_world_is_gymnasiums() -> None:
+def test_the_original_world_is_gymnasiums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import gymnasium
 
+    monkeypatch.chdir(tmp_path)  # MuJoCo logs there what it thinks of an attribute in gymnasium's file
     environment: Any = gymnasium.make("HalfCheetah-v5").unwrapped
     theirs, ours = environment.model, world_model(WORLDS[ORIGINAL])
     assert environment.frame_skip == FRAME_SKIP
