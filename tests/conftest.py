@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,8 @@ from uuid import uuid4
 
 import hypothesis
 import pytest
+
+from tests.shortcuts import connect, fsync, one_environment, transformers_asked_here, unsynced
 
 # Before any test module imports a library that reads them.
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
@@ -39,6 +43,28 @@ def user_data_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_DATA_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def shortcuts() -> Iterator[None]:
+    """See `tests.shortcuts`: on a disk of the usual kind, a third of all the time was waiting for it."""
+    with unsynced(), one_environment(), transformers_asked_here():
+        yield
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is waited for, as outside of tests."""
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.fixture
+def transformers_asked_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers is asked by a process of its own, as outside of tests."""
+    from registry.formats import live_names
+
+    monkeypatch.setattr(live_names, "subprocess", subprocess)
 
 
 @pytest.fixture(scope="session")

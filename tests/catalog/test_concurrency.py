@@ -15,7 +15,7 @@ from tests.catalog import workers
 from tests.catalog.artifacts import peft_folder, tensor_file
 
 PROCESSES = 8
-PUSHES = 25
+PUSHES = 10
 
 
 @pytest.fixture(scope="module")

@@ -555,6 +555,7 @@ def test_an_answer_is_refused_when_a_writer_came_in_the_middle(
 
 
 @only_sqlite
+@pytest.mark.usefixtures("synced")
 def test_every_connection_syncs_fully_and_checks_references(registry: Registry) -> None:
     database = registry._context.database
     for way in (database.reading, database.writing):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -58,8 +59,9 @@ def adapt(base: nn.Module, *, seed: int = 1, **options: Any) -> PeftModel:
 
 
 def save(model: PeftModel, folder: Path) -> Path:
-    """The folder that PEFT writes."""
-    quietly(lambda: model.save_pretrained(folder))
+    """The folder that PEFT writes, but for the README.md, which takes PEFT longer than all the rest."""
+    with patch.object(type(model), "create_or_update_model_card"):
+        quietly(lambda: model.save_pretrained(folder))
     return folder
 
 

@@ -68,7 +68,9 @@ def test_a_link_or_a_folder_in_the_place_of_a_blob_is_noticed(store: Path, tmp_p
 @pytest.mark.parametrize("path", EVENTS, ids=lambda path: "-".join(path.parts[1:])[:-5])
 def test_a_flipped_bit_anywhere_in_an_event_is_noticed(store: Path, path: Path) -> None:
     good = (store / path).read_bytes()
-    for place in range(0, len(good), 1 + len(good) // 8):
+    # In four places, which are others in each event.
+    step = 1 + len(good) // 4
+    for place in range(17 * EVENTS.index(path) % step, len(good), step):
         bad = bytearray(good)
         bad[place] ^= 1 << (place % 7)
         write(store / path, bytes(bad))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy
 import pytest
+from click.testing import CliRunner
 
 from examples.cheetah import demonstrations, expert
 from examples.cheetah.demonstrations import Recipe, demonstrate
@@ -26,6 +27,7 @@ from pdp.policy import DiffusionPolicy
 from pdp.rollout import roll_out
 from pdp.simulation import Task, check_world
 from registry import Registry
+from registry.cli.app import app
 from registry.core.errors import Incompatible
 
 STEPS = 50  # 2.5 s
@@ -219,6 +221,11 @@ def test_the_registry_finds_the_fastest_and_what_fits(place: Place) -> None:
         assert [version.reference for version in found] == ["cheetah/gear@1", "cheetah/base@1"]
         assert registry.get("cheetah/gear").metrics["speed"] == found[0].metrics["gear/speed"]
         assert [fit.version.reference for fit in registry.fits("cheetah/base")] == ["cheetah/gear@1"]
+        slowest = min(version.metrics["gear/speed"] for version in found)
+    words = ["list", "cheetah/*", "--where", f"metric.gear/speed > {slowest + 0.01}", "--sort", "-metric.gear/speed"]
+    done = CliRunner().invoke(app, ["--registry", place.registry, *words])
+    assert done.exit_code == 0
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["NAME", "cheetah/gear"]
 
 
 def test_an_adapter_of_another_T_action_is_refused_before_it_can_act(place: Place) -> None:

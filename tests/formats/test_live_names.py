@@ -134,6 +134,7 @@ def test_a_text_encoder_of_stable_diffusion_loses_its_prefix(tmp_path: Path) -> 
     assert answer["renamed"]["text_model.final_layer_norm.bias"] == "final_layer_norm.bias"
 
 
+@pytest.mark.usefixtures("transformers_asked_apart")
 def test_the_map_comes_from_a_process_of_its_own(tmp_path: Path) -> None:
     folder = save_model("mixtral", tmp_path)
     names = live_names(config_of(folder), specs(saved_tensors(folder)))
@@ -232,6 +233,7 @@ def test_without_a_class_of_transformers_there_is_no_map(config: dict[str, Any],
         describe(config, [])
 
 
+@pytest.mark.usefixtures("transformers_asked_apart")
 def test_what_a_configuration_names_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither code beside the weights nor modules of the folder from which somebody pushes."""
     folder = save_model("bert", tmp_path)
@@ -252,6 +254,7 @@ def test_what_a_configuration_names_is_not_run(tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.usefixtures("transformers_asked_apart")
 def test_a_failure_of_the_library_is_told(tmp_path: Path) -> None:
     names = live_names({"model_type": "bert", "hidden_size": "many"}, [])
     assert isinstance(names, NoLiveNames)
@@ -259,6 +262,7 @@ def test_a_failure_of_the_library_is_told(tmp_path: Path) -> None:
     assert "\n" not in names.why
 
 
+@pytest.mark.usefixtures("transformers_asked_apart")
 def test_a_configuration_that_asks_for_too_much_is_given_up() -> None:
     names = live_names({"model_type": "bert", "num_hidden_layers": 10**9}, [], seconds=3)
     assert names == NoLiveNames("transformers had no answer after 3 s")

@@ -269,6 +269,7 @@ def live_names_of(registry: Registry, reference: str) -> dict[str, Any]:
         return parse_json(file.read())["components"]
 
 
+@pytest.mark.usefixtures("transformers_asked_apart")
 def test_a_sharded_model_is_one_component_and_comes_back(registry: Registry, tmp_path: Path) -> None:
     folder = save_model("mixtral", tmp_path / "model", shards_of="8KB")
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -417,6 +418,7 @@ def test_a_folder_of_sentence_transformers_is_a_transformers_folder(registry: Re
         registry.load("walk/minilm")
 
 
+@pytest.mark.usefixtures("transformers_asked_apart")
 def test_without_a_map_the_push_says_why(registry: Registry, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()

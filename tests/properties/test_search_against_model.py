@@ -452,7 +452,7 @@ def agree(database: Database, search: dict[str, Any], walked: bool) -> None:
     assert found == found_by_model(search), (texts, search)
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(search=searches, walked=st.booleans())
 def test_any_search_finds_what_the_model_finds(database: Database, search: dict[str, Any], walked: bool) -> None:
     """`walked` chooses between the two forms of the statement."""
@@ -462,7 +462,7 @@ def test_any_search_finds_what_the_model_finds(database: Database, search: dict[
 NOTHING: dict[str, Any] = dict.fromkeys(("pattern", "tag", "kind", "base", "sort", "limit")) | {"where": []}
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(condition=where(), walked=st.booleans())
 def test_any_single_condition_finds_what_the_model_finds(
     database: Database, condition: tuple[str, str, str], walked: bool

@@ -160,7 +160,7 @@ class Registered:
                     assert (pulled / path if path else pulled).read_bytes() == data
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(WHOLE | MIXED | SHARDS | GONE, NAMES), min_size=1, max_size=6))
 def test_any_pushes_leave_a_store_that_proves_itself(operations: list[Any]) -> None:
     with tempfile.TemporaryDirectory() as temporary, Registry.init(Path(temporary) / "r") as registry:

@@ -249,6 +249,7 @@ class TestOpening:
         opened.blobs.verify(DIGEST)
 
 
+@pytest.mark.usefixtures("synced")
 class TestDurability:
     """The order of calls is the guarantee, and no test without a power cut can see it otherwise."""
 

@@ -59,7 +59,7 @@ def test_random_bytes(raw: bytes) -> None:
 
 
 @given(st.lists(st.one_of(st.sampled_from(CODES).map(lambda code: bytes([code])), st.binary(max_size=4)), max_size=60))
-@settings(max_examples=1500)
+@settings(max_examples=500)
 def test_random_instructions(parts: list[bytes]) -> None:
     check(b"\x80\x04" + b"".join(parts) + b".")
 
@@ -95,7 +95,7 @@ ARGUMENTS = st.recursive(
 
 
 @given(st.data())
-@settings(max_examples=1500)
+@settings(max_examples=500)
 def test_every_known_name_with_any_arguments(data: st.DataObject) -> None:
     from registry.formats.pickles.known_globals import _KNOWN
 
@@ -109,7 +109,7 @@ def test_every_known_name_with_any_arguments(data: st.DataObject) -> None:
 
 
 @given(st.data())
-@settings(max_examples=1500)
+@settings(max_examples=500)
 def test_damaged_files(data: st.DataObject) -> None:
     raw = bytearray(data.draw(st.sampled_from(valid())))
     for _ in range(data.draw(st.integers(1, 4))):
