@@ -64,7 +64,8 @@ def evaluate(
     push: bool = True,
     registry: Registry | str | os.PathLike[str] | None = None,
 ) -> Evaluation:
-    """Rolls a policy out, the same number of times in each world.
+    """Rolls a policy out, the same number of times in each world; with the same starts and noise in each, whatever
+    other worlds are asked for.
 
     Args:
         path: a `registry://` URL or a file, as `DiffusionPolicy.from_checkpoint` takes it.
@@ -73,23 +74,50 @@ def evaluate(
         base: of a file that holds an adapter alone: the checkpoint that it was trained from.
         steps, execute: by default the task's.
         threads: of torch: networks as small as a policy's are slower with more than one.
-        push: note the metrics with the version. A measure in the world that the version was trained in has its own
-            name, as `speed`; in every world it has the name `<world>/<measure>`. `..._ci95` is half of its interval.
+        push: note the metrics with the version, as `<world>/<measure>`. A measure in the world that the version was
+            trained in has its own name as well, such as `speed`, if episodes are as long as the task's. `..._ci95` is
+            half of an interval over roll-outs, `rollouts` and `episode_steps` say what was done.
 
     Raises:
         TaskNotFound, WorldNotFound: with what there is.
         Incompatible: a policy of other observations or actions; ActionNotFinite, SimulationDiverged: when and where.
-        InvalidInput, NotFound, CheckpointError
+        InvalidInput, NotFound, CheckpointError, StorageError
     """
+    found, version = _evaluate(path, worlds, task, base, rollouts, steps, execute, seed, threads, device, registry)
+    if push and version is not None:
+        version.registry.annotate(version.reference, metrics=found.metrics)
+    return found
+
+
+def _evaluate(
+    path: str | os.PathLike[str],
+    worlds: Sequence[str],
+    task: Task | None,
+    base: str | os.PathLike[str] | None,
+    rollouts: int,
+    steps: int | None,
+    execute: int | None,
+    seed: int,
+    threads: int,
+    device: str,
+    registry: Registry | str | os.PathLike[str] | None,
+) -> tuple[Evaluation, RegistryCheckpoint | None]:
     import torch
 
     from pdp.checkpoints import RegistryCheckpoint, read_checkpoint
+    from pdp.device import check_device
     from pdp.policy import DiffusionPolicy
     from pdp.rollout import mean_and_interval, roll_out
     from pdp.simulation import check_world, find_task, known_tasks
 
-    if rollouts < 1:
-        raise ConfigError(f"rollouts is {rollouts}; expected 1 or more")
+    for name, value, least, most in (
+        ("rollouts", rollouts, 1, 1_000_000),
+        ("seed", seed, 0, 2**63 - 1),
+        ("threads", threads, 1, 1024),
+    ):
+        if not least <= value <= most:
+            raise ConfigError(f"{name} is {value}; expected {least} to {most}")
+    where = check_device(device, "device")
     checkpoint = read_checkpoint(path, registry)
     version = checkpoint if isinstance(checkpoint, RegistryCheckpoint) else None
     recorded = {} if version is None else _recorded(version)
@@ -99,23 +127,23 @@ def evaluate(
         raise ConfigError(f"{checkpoint.what} does not say in which world it was trained; give --world")
     for world in wanted:
         check_world(task, world)
-    policy = DiffusionPolicy.from_checkpoint(checkpoint, base, registry=registry).to(torch.device(device))
-    simulation = task.simulation([world for world in wanted for _ in range(rollouts)])
+    policy = DiffusionPolicy.from_checkpoint(checkpoint, base, registry=registry).to(where)
+    steps = task.steps if steps is None else steps
     execute = task.execute if execute is None else execute
+    results, seconds = {}, 0.0
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        rollout = roll_out(policy, simulation, steps=task.steps if steps is None else steps, execute=execute, seed=seed)
+        for world in wanted:
+            done = roll_out(policy, task.simulation([world] * rollouts), steps=steps, execute=execute, seed=seed)
+            results[world] = {name: mean_and_interval(values) for name, values in done.measures.items()}
+            seconds += done.seconds
     finally:
         torch.set_num_threads(before)
-    results = {
-        world: {name: mean_and_interval(values) for name, values in rollout.of_world(world).items()} for world in wanted
-    }
-    metrics = _metrics(results, recorded.get("world"), rollouts)
-    if push and version is not None:
-        version.registry.annotate(version.reference, metrics=metrics)
+    own = recorded.get("world") if steps == task.steps else None
+    metrics = {"rollouts": rollouts, "episode_steps": steps, **_metrics(results, own)}
     reference = None if version is None else version.reference
-    return Evaluation(reference, task.name, results, rollouts, rollout.steps, execute, metrics, rollout.seconds)
+    return Evaluation(reference, task.name, results, rollouts, steps, execute, metrics, seconds), version
 
 
 def _recorded(version: RegistryCheckpoint) -> dict[str, str]:
@@ -124,10 +152,8 @@ def _recorded(version: RegistryCheckpoint) -> dict[str, str]:
     return {key: value for key in RECORDED if isinstance(value := metadata.get(key), str)}
 
 
-def _metrics(
-    results: Mapping[str, Mapping[str, tuple[float, float]]], own: str | None, rollouts: int
-) -> dict[str, float]:
-    found: dict[str, float] = {"rollouts": rollouts}
+def _metrics(results: Mapping[str, Mapping[str, tuple[float, float]]], own: str | None) -> dict[str, float]:
+    found: dict[str, float] = {}
     for world, measures in results.items():
         for name, (mean, half) in measures.items():
             for place in (f"{world}/{name}", *([name] if world == own else [])):
@@ -178,31 +204,37 @@ def command(
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
-        found = evaluate(
-            reference,
-            worlds,
-            task=None if module is None else load_task(module),
-            base=base,
-            rollouts=rollouts,
-            steps=steps,
-            execute=execute,
-            seed=seed,
-            threads=threads,
-            device=device,
-            push=not no_push,
-            registry=registry,
+        task = None if module is None else load_task(module)
+        found, version = _evaluate(
+            reference, worlds, task, base, rollouts, steps, execute, seed, threads, device, registry
         )
+        # Printed before it is noted: where that fails, it was not in vain.
+        print(_document(found) if as_json else _lines(found, reference), flush=True)
+        if not no_push and version is not None:
+            version.registry.annotate(version.reference, metrics=found.metrics)
+            if not as_json:
+                print(f"noted {len(found.metrics)} metrics with {version.reference}")
     except RegistryError as error:
         print(f"pdp.evaluate: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    if as_json:
-        print(json.dumps({**asdict(found), "metrics": dict(found.metrics)}, sort_keys=True))
-        return
-    print(f"{found.reference or reference}: {found.rollouts} roll-outs of {found.steps} steps in {found.seconds:.1f} s")
+
+
+def _document(found: Evaluation) -> str:
+    worlds = {
+        world: {name: [mean, half if math.isfinite(half) else None] for name, (mean, half) in measures.items()}
+        for world, measures in found.worlds.items()
+    }
+    return json.dumps({**asdict(found), "worlds": worlds}, sort_keys=True, allow_nan=False)
+
+
+def _lines(found: Evaluation, what: str) -> str:
+    lines = [f"{found.reference or what}: {found.rollouts} roll-outs of {found.steps} steps in {found.seconds:.1f} s"]
     for world, measures in found.worlds.items():
-        print(f"{world:16}" + "  ".join(f"{name} {mean:.2f} ± {half:.2f}" for name, (mean, half) in measures.items()))
-    if found.reference is not None and not no_push:
-        print(f"noted {len(found.metrics)} metrics with {found.reference}")
+        cells = []
+        for name, (mean, half) in measures.items():
+            cells.append(f"{name} {mean:.2f}" + (f" ± {half:.2f}" if math.isfinite(half) else ""))
+        lines.append(f"{world:16}" + "  ".join(cells))
+    return "\n".join(lines)
 
 
 def main() -> None:

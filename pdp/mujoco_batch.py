@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import numpy
@@ -27,7 +28,8 @@ class MujocoBatch:
     """Environments with one model each; the models have the same sizes and time step.
 
     Args:
-        models: one for each environment; the same object may stand several times.
+        models: one for each environment; the same object may stand several times. Their flag `autoreset` is switched
+            off.
         frame_skip: physics steps of one control step.
         threads: that step them.
 
@@ -101,13 +103,14 @@ class MujocoBatch:
         if control.shape != (len(self), self._nu):
             raise InvalidInput(f"control is of the form {control.shape}; expected ({len(self)}, {self._nu})")
         held = numpy.repeat(control[:, None, :], self.frame_skip, axis=1)
+        before = self.state[:, 0].copy()
         with _quiet():
             states, _ = self._pool.rollout(list(self.models), self._data, self.state, held)
         self.state[:] = states[:, -1]
         self.steps += 1
         with numpy.errstate(invalid="ignore"):
             # MuJoCo stops a rollout at the first state that it cannot go on from, and so does its clock.
-            late = self.state[:, 0] < (self.steps - 0.5 / self.frame_skip) * self._control_seconds
+            late = self.state[:, 0] - before < (1 - 0.5 / self.frame_skip) * self._control_seconds
             bad = ~(numpy.abs(self.state) < mujoco.mjMAXVAL).all(axis=1) | late
         if bad.any():
             row = int(bad.argmax())
@@ -120,15 +123,25 @@ class MujocoBatch:
             )
 
 
+_quieting = Lock()
+_quiet_ones: list[Any] = []
+"""What MuJoCo told its warnings to before, once for each batch that steps at this moment: the handler is the
+process's."""
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """MuJoCo tells of a state that it cannot go on from on standard error and in a file; here it is an error."""
-    before = mujoco.get_mju_user_warning()
-    mujoco.set_mju_user_warning(_say_nothing)
+    with _quieting:
+        _quiet_ones.append(_quiet_ones[0] if _quiet_ones else mujoco.get_mju_user_warning())
+        mujoco.set_mju_user_warning(_say_nothing)
     try:
         yield
     finally:
-        mujoco.set_mju_user_warning(before)
+        with _quieting:
+            before = _quiet_ones.pop()
+            if not _quiet_ones:
+                mujoco.set_mju_user_warning(before)
 
 
 def _say_nothing(_text: str) -> None:

@@ -65,12 +65,13 @@ def roll_out(
         InvalidInput: `steps` or `execute` out of range.
     """
     _check(policy, simulation, steps, execute)
-    was_training = policy.training
+    modes = [(module, module.training) for module in policy.modules()]
     policy.eval()  # no dropout while it acts
     try:
         return _roll_out(policy, simulation, steps, execute, seed, watch)
     finally:
-        policy.train(was_training)
+        for module, mode in modes:
+            module.training = mode
 
 
 def _roll_out(

@@ -74,6 +74,17 @@ class Task(Protocol):
         """One environment for each name; see `check_world`."""
 
 
+def places(worlds: Sequence[str]) -> list[int]:
+    """Which of its world each environment is, from 0. Starts that are drawn from the seed and this are the same
+    whatever other worlds are beside."""
+    counts: dict[str, int] = {}
+    found = []
+    for world in worlds:
+        found.append(counts.get(world, 0))
+        counts[world] = found[-1] + 1
+    return found
+
+
 def check_world(task: Task, world: str) -> str:
     """The name itself.
 
@@ -125,9 +136,11 @@ def known_tasks(folder: Path | None = None) -> list[str]:
     if not path.is_file():
         return []
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {}).get("pdp", {}).get("tasks", [])
+        found: Any = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
+    for key, otherwise in (("tool", {}), ("pdp", {}), ("tasks", [])):
+        found = found.get(key, otherwise) if isinstance(found, dict) else None
     if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
         raise ConfigError(f"tool.pdp.tasks in {path} is {shown(repr(found))}; expected a list of names of modules")
     return found
@@ -144,13 +157,22 @@ def find_task(recorded: str | None, names: Sequence[str]) -> Task:
             "no task is known; give --task MODULE, or list the modules in $PDP_TASKS or under tasks of [tool.pdp] in "
             "pyproject.toml"
         )
-    tasks = [load_task(name) for name in names]
-    there = ", ".join(f"{task.name} ({name})" for task, name in zip(tasks, names, strict=True))
+    tasks: dict[str, Task] = {}
+    broken = []
+    for name in names:
+        try:
+            tasks[name] = load_task(name)
+        except TaskNotFound as error:  # another may be the one
+            broken.append(str(error))
+    there = "; ".join([", ".join(f"{task.name} ({name})" for name, task in tasks.items()) or "none", *broken])
     if recorded is None:
-        if len(tasks) == 1:
-            return tasks[0]
-        raise TaskNotFound(f"the version records no task, and there are {there}; choose one with --task MODULE")
-    for task in tasks:
+        if len(tasks) == 1 and not broken:
+            return next(iter(tasks.values()))
+        raise TaskNotFound(f"the version records no task; choose one with --task MODULE. There are {there}")
+    for task in tasks.values():
         if task.name == recorded:
             return task
-    raise TaskNotFound(f"the version is of the task {shown(repr(recorded))}, and there are {there}; give --task MODULE")
+    raise TaskNotFound(
+        f"the version is of the task {shown(repr(recorded))}, which is none of those that are known; give --task "
+        f"MODULE. There are {there}"
+    )

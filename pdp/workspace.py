@@ -20,8 +20,8 @@ from pdp.checkpoints import (
     read_checkpoint,
 )
 from pdp.configuration import read_config
+from pdp.device import check_device
 from pdp.ema import EMAModel
-from pdp.errors import ConfigError
 from pdp.files import check_path, check_push_options, is_registry_url, on_cpu, refuse_push_options, write_tree
 from pdp.lora_model import LoraTransformerForDiffusion, network_state
 from pdp.policy import DiffusionPolicy
@@ -86,12 +86,10 @@ class DiffusionPolicyWorkspace:
         self.saver = BackgroundSaver()
         self._registry = registry if registry is not None else self.cfg.registry.url
         self._output_dir = None if output_dir is None else Path(output_dir)
-        self.device = _device(self.cfg.training.device)
+        self.device = check_device(self.cfg.training.device, "training.device")
         self._lineage: tuple[str | None, int | None] = (None, None)
         self._parent: str | None = None
 
-        if self.cfg.training.threads is not None:
-            torch.set_num_threads(self.cfg.training.threads)
         seed_everything(self.cfg.training.seed)
         policy, self.base_reference = make_policy(self.cfg, self.classes, self._registry)
         self.policy = policy.to(self.device)
@@ -155,7 +153,12 @@ class DiffusionPolicyWorkspace:
             TrainingDiverged: a loss or gradient is not finite; the last good checkpoint stays.
             DatasetError, ConfigError, StorageError
         """
-        return self.trainer.run(until_step)
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.cfg.training.threads or before)
+        try:
+            return self.trainer.run(until_step)
+        finally:
+            torch.set_num_threads(before)
 
     # ------------------------------------------------------------ saving
 
@@ -457,18 +460,6 @@ class DiffusionPolicyWorkspace:
             checkpoint, load_optimizer=load_optimizer, exclude_keys=exclude_keys, include_keys=include_keys
         )
         return workspace
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"training.device is {name!r}; expected cpu, cuda or cuda:0") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"training.device is {name!r}, and torch finds no CUDA device here; set training.device=cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"training.device is {name!r}; expected cpu or cuda")
-    return device
 
 
 def _hydra_folder() -> Path | None:

@@ -12,6 +12,7 @@ import numpy
 
 from examples.arm.model import FRAME_SKIP, JOINTS, PAYLOAD, WORLDS, World, world_model
 from pdp.mujoco_batch import MujocoBatch
+from pdp.simulation import places
 
 OBS_DIM, ACTION_DIM = 5 * JOINTS, JOINTS
 MIDDLE = (0.0, 0.5, 0.0, 1.2, 0.0, 0.8, 0.0)  # radians, about which the reference goes
@@ -73,10 +74,10 @@ class ArmSimulation:
         self._error = numpy.zeros(len(worlds))
 
     def reset(self, seed: int) -> Any:
-        """Starts near the reference's start: qpos + U(-0.05, 0.05), qvel + 0.05 N(0, 1). Reference and start of
-        environment i depend on the seed and on i alone."""
+        """Starts near the reference's start: qpos + U(-0.05, 0.05), qvel + 0.05 N(0, 1). Reference and start of the
+        i-th environment of a world depend on the seed and on i alone."""
         self.batch.reset()
-        draws = [numpy.random.default_rng((seed, row)) for row in range(len(self.batch))]
+        draws = [numpy.random.default_rng((seed, place)) for place in places(self.worlds)]
         self.reference = Reference.of_draws(draws)
         position, velocity, _ = self.reference.at(0.0)
         for row, draw in enumerate(draws):

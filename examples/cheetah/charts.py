@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from examples.cheetah.statistics import NORMAL, seed_interval
+from examples.cheetah.intervals import NORMAL, seed_interval
 from registry.core.errors import InvalidInput
 
 LIMIT = 1_000_000  # bytes of a picture

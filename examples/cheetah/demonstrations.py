@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy
 
@@ -40,7 +41,7 @@ class Recipe:
 def demonstrate(recipe: Recipe) -> dict[str, Any]:
     """`obs`, `action` and `episode_ends` of the episodes that are kept."""
     expert = Expert.load(recipe.world)
-    draw = numpy.random.default_rng((recipe.seed, sum(map(ord, recipe.world))))
+    draw = numpy.random.default_rng((recipe.seed, crc32(recipe.world.encode())))
     simulation = CheetahSimulation([recipe.world] * recipe.episodes)
     deviation = draw.uniform(0, recipe.noise, (recipe.episodes, 1))
     obs = simulation.reset(int(draw.integers(2**31)))
@@ -60,21 +61,20 @@ def demonstrate(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def write(path: Path, recipe: Recipe, others: Sequence[Recipe] = (), *, force: bool = False) -> Path:
-    """Writes the data of one world, or of several behind each other."""
-    parts = [demonstrate(one) for one in (recipe, *others)]
+def write(path: Path, recipes: Sequence[Recipe], *, force: bool = False) -> Path:
+    """Writes the data of one world, or of several behind each other; these say no `world`, as they are of none."""
+    parts = [demonstrate(one) for one in recipes]
     ends, last = [], 0
     for part in parts:
         ends.append(part["episode_ends"] + last)
         last = ends[-1][-1]
-    said = asdict(recipe) if not others else {"parts": [asdict(one) for one in (recipe, *others)]}
-    said["world"] = "-and-".join(one.world for one in (recipe, *others))
+    said = [{**asdict(one), "changes": WORLDS[one.world].to_json()} for one in recipes]
     return write_dataset(
         path,
         numpy.concatenate([part["obs"] for part in parts]),
         numpy.concatenate([part["action"] for part in parts]),
         numpy.concatenate(ends),
-        recipe={"task": "cheetah", **said, "recorded": WORLDS[recipe.world].to_json()},
+        recipe={"task": "cheetah", **(said[0] if len(said) == 1 else {"parts": said})},
         force=force,
     )
 
@@ -92,7 +92,7 @@ def main() -> None:
     episodes = given.episodes or (160 if given.world == ORIGINAL else 80)
     noise = (0.3 if given.world == ORIGINAL else 0.2) if given.noise is None else given.noise
     recipe = Recipe(given.world, episodes, given.steps, noise, given.seed)
-    print(f"wrote {write(given.path, recipe, force=given.force)}")
+    print(f"wrote {write(given.path, [recipe], force=given.force)}")
 
 
 if __name__ == "__main__":

@@ -6,18 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from examples.cheetah.task import TASK, Cheetah
 from examples.cheetah.worlds import CHANGES, PAIRS
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "cat": {},
     "cat-half": {"weights": (0.5, 0.5)},
     "svd": {"rank": 8},
-    "ties": {"rank": 8},
-    "knots": {"rank": 8},
+    "ties": {"rank": 8, "density": 0.5},
+    "knots": {"rank": 8, "density": 0.5},
     "tsv": {"rank": 8},
 }
-"""What is asked of `Registry.merge`. The plain sum has rank 16; the others are cut to the rank that one parent has, so
-that they cost what one adapter costs."""
+"""What is asked of `Registry.merge`. The plain sum has rank 16; from `svd` on the result is cut to the rank that one
+parent has, so that it costs what one adapter costs. `cat`, `svd` and `tsv` add the updates up; `cat-half`, `ties` and
+`knots` take a mean (the latter two of what agrees in sign), so they differ in size too."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class Form:
         pairs: of worlds whose adapters are merged.
         base, adapter: overrides of the configurations in `config/`.
         base_data, adapter_data: episodes, and steps of each.
-        steps: of a roll-out.
-        curves: the world of which the way through training is measured, every so many epochs.
+        task: with episodes as long as they are here.
+        curves: the world in which the way through training is measured, every so many steps.
     """
 
     seeds: tuple[int, ...]
@@ -42,10 +44,10 @@ class Form:
     base_data: tuple[int, int]
     adapter_data: tuple[int, int]
     rollouts: int
-    steps: int
+    task: Cheetah = TASK
     methods: tuple[str, ...] = tuple(METHODS)
     curves: str | None = None
-    curve_every: int = 2
+    curve_every: int = 100
 
 
 FULL = Form(
@@ -58,7 +60,6 @@ FULL = Form(
     base_data=(160, 300),
     adapter_data=(80, 300),
     rollouts=50,
-    steps=300,
     curves="gear",
 )
 REDUCED = Form(
@@ -71,7 +72,7 @@ REDUCED = Form(
     base_data=(80, 250),
     adapter_data=(40, 200),
     rollouts=50,
-    steps=200,
+    task=Cheetah(steps=200),
     methods=("svd",),
 )
 FORMS = {"full": FULL, "reduced": REDUCED}

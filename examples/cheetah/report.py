@@ -10,12 +10,14 @@ import argparse
 import json
 import math
 import re
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from examples.cheetah.statistics import seed_interval
+import numpy
+
+from examples.cheetah.intervals import seed_interval
 from examples.cheetah.worlds import ORIGINAL
 
 RESULTS = Path("docs/cheetah/results.json")
@@ -32,14 +34,20 @@ class Results:
         self.worlds = [one["world"] for one in self.records if one["what"] == "expert" and "-" not in one["world"]]
         self.pairs = list(dict.fromkeys(tuple(one["pair"]) for one in found["similarity"]))
         self.methods = list(dict.fromkeys(one["method"] for one in self.records if one["what"] == "merged"))
-        self.one_seed = len(found["form"]["seeds"]) == 1
 
     def values(self, measure: str, **wanted: Any) -> list[float]:
         """One for each training seed."""
         return [one[measure] for one in self.records if all(one.get(key) == value for key, value in wanted.items())]
 
     def cell(self, measure: str, **wanted: Any) -> str:
-        return shown(self.values(measure, **wanted))
+        """Speeds with half of their interval: over training seeds, the expert's over roll-outs. Of parts of roll-outs,
+        where such an interval would go beyond 1, the least and the largest seed."""
+        values = self.values(measure, **wanted)
+        if measure != "speed":
+            return spread(values)
+        if wanted.get("what") == "expert":
+            return f"{values[0]:.2f} ± {self.values('speed_ci95', **wanted)[0]:.2f}"
+        return shown(values)
 
     def made(self, what: str) -> list[dict[str, Any]]:
         return [one for one in self.found["made"] if one["what"] == what]
@@ -51,6 +59,14 @@ def shown(values: Sequence[float], digits: int = 2) -> str:
         return "–"
     mean, half = seed_interval(values)
     return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else "")
+
+
+def spread(values: Sequence[float]) -> str:
+    """`mean (least to largest)`."""
+    if not values:
+        return "–"
+    low, high = min(values), max(values)
+    return f"{fmean(values):.2f}" + (f" ({low:.2f} to {high:.2f})" if high > low else "")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -95,9 +111,9 @@ def costs(results: Results) -> str:
                 [
                     name,
                     f"{made[0]['parameters']:,}",
-                    f"{statistics.fmean(one['bytes'] for one in made) / 1000:,.0f}",
-                    f"{statistics.fmean(one['bytes_new'] for one in made) / 1000:,.0f}",
-                    f"{statistics.fmean(one['seconds'] for one in made):.0f}",
+                    f"{fmean(one['bytes'] for one in made) / 1000:,.0f}",
+                    f"{fmean(one['bytes_new'] for one in made) / 1000:,.0f}",
+                    f"{fmean(one['seconds'] for one in made):.0f}",
                 ]
             )
     head = ["", "trained parameters", "kB of the version", "kB added to the registry", "processor seconds of training"]
@@ -127,36 +143,61 @@ def merging(results: Results) -> str:
     return "\n".join(found)
 
 
-def kept(results: Results, pair: tuple[str, str], seed: int, method: str) -> float:
-    """The part of the parents' speeds, each in its own world, that a merged adapter still has: the mean of both."""
+def gain_kept(results: Results, pair: tuple[str, str], seed: int, method: str) -> float:
+    """Of what each parent gains over the base in its own world, the part that a merged adapter still has there: the
+    mean of both. 0 is the base, 1 the parents, below 0 it is worse than the base."""
     parts = []
     for parent in pair:
         [own] = results.values("speed", what="lora", trained_on=parent, world=parent, seed=seed)
+        [base] = results.values("speed", what="base", world=parent, seed=seed)
         wanted = {"what": "merged", "method": method, "trained_on": "-".join(pair), "world": parent, "seed": seed}
         [merged] = results.values("speed", **wanted)
-        parts.append(merged / own)
-    return statistics.fmean(parts)
+        parts.append((merged - base) / (own - base))
+    return fmean(parts)
 
 
 def prediction(results: Results) -> str:
-    """Whether the parents' likeness says how much a merge keeps: rank correlation over all pairs and seeds."""
+    """Whether the parents' likeness says how much a merge keeps: rank correlations over the pairs, each the mean of its
+    seeds; and how far the seeds differ, each with correlations of its own."""
     points = results.found["similarity"]
+    seeds = results.found["form"]["seeds"]
     rows = []
     for method in results.methods:
-        keeps = [kept(results, tuple(one["pair"]), one["seed"], method) for one in points]
-        row = [method, shown(keeps)]
+        keeps = {
+            (tuple(one["pair"]), one["seed"]): gain_kept(results, tuple(one["pair"]), one["seed"], method)
+            for one in points
+        }
+        means = [fmean(keeps[pair, seed] for seed in seeds) for pair in results.pairs]
+        row = [method, shown([fmean(keeps[pair, seed] for pair in results.pairs) for seed in seeds])]
         for key in ("cosine", "conflict"):
-            row.append("–" if len(points) < 3 else f"{rank_correlation([one[key] for one in points], keeps):+.2f}")
+            alike = {(tuple(one["pair"]), one["seed"]): one[key] for one in points}
+            if len(results.pairs) < 3:
+                row.append("–")
+                continue
+            overall = rank_correlation([fmean(alike[pair, seed] for seed in seeds) for pair in results.pairs], means)
+            each = [
+                rank_correlation(
+                    [alike[pair, seed] for pair in results.pairs], [keeps[pair, seed] for pair in results.pairs]
+                )
+                for seed in seeds
+            ]
+            row.append(f"{overall:+.2f} ({min(each):+.2f} to {max(each):+.2f})")
         rows.append(row)
-    head = ["method", "part of the parents' speed kept", "Spearman with the cosine", "with the sign conflict"]
-    seeds = len(results.found["form"]["seeds"])
-    counted = f"{len(results.pairs)} pairs, {seeds} training {'seed' if seeds == 1 else 'seeds'}."
+    head = ["method", "part of the parents' gain kept", "Spearman with the cosine", "with the sign conflict"]
+    counted = (
+        f"{len(results.pairs)} pairs, each the mean of {len(seeds)} training seeds; in parentheses the least and the "
+        "largest correlation of one seed alone."
+    )
     return f"{table(head, rows)}\n\n{counted}"
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's."""
-    return statistics.correlation(a, b, method="ranked")
+    """Spearman's: the correlation of the ranks, of which equal values share the mean."""
+    return float(numpy.corrcoef(ranks(a), ranks(b))[0, 1])
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    return [fmean(at for at, one in enumerate(sorted(values)) if one == value) for value in values]
 
 
 TABLES: dict[str, Callable[[Results], str]] = {

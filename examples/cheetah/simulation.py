@@ -9,6 +9,7 @@ import numpy
 
 from examples.cheetah.worlds import FRAME_SKIP, WORLDS, world_model
 from pdp.mujoco_batch import MujocoBatch
+from pdp.simulation import places
 
 OBS_DIM, ACTION_DIM = 17, 6
 STANDING = 1.5  # radians of pitch, beyond which it lies on its back
@@ -34,11 +35,11 @@ class CheetahSimulation:
         self._start = numpy.zeros(len(worlds))
 
     def reset(self, seed: int) -> Any:
-        """Starts near the model's own posture: qpos + U(-0.1, 0.1), qvel 0.1 N(0, 1). What environment i starts from
-        depends on the seed and on i alone."""
+        """Starts near the model's own posture: qpos + U(-0.1, 0.1), qvel 0.1 N(0, 1). The start of the i-th environment
+        of a world depends on the seed and on i alone."""
         self.batch.reset()
-        for row in range(len(self.batch)):
-            draw = numpy.random.default_rng((seed, row))
+        for row, place in enumerate(places(self.worlds)):
+            draw = numpy.random.default_rng((seed, place))
             self.batch.qpos[row] += draw.uniform(-0.1, 0.1, self.batch.qpos.shape[1])
             self.batch.qvel[row] += 0.1 * draw.standard_normal(self.batch.qvel.shape[1])
         self._start = self.batch.qpos[:, 0].copy()

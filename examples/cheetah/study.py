@@ -2,8 +2,8 @@
 how all of them run. Everything is pushed to a registry and looked up there; the numbers go to a file that tables and
 pictures are made from.
 
-    python -m examples.cheetah.study                       in full: 3 training seeds, about half an hour on 2 cores
-    python -m examples.cheetah.study --form reduced        two worlds, one seed, about two minutes
+    python -m examples.cheetah.study                  in full: 3 training seeds, 35 to 40 minutes on 2 cores
+    python -m examples.cheetah.study --form reduced   two worlds, one seed, about two minutes
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,12 +29,12 @@ import numpy
 from examples.cheetah.demonstrations import Recipe, write
 from examples.cheetah.expert import Expert
 from examples.cheetah.forms import FORMS, METHODS, Form
-from examples.cheetah.task import TASK
 from examples.cheetah.worlds import ORIGINAL
 
 CONFIG = Path(__file__).parent / "config"
 RESULTS = Path("docs/cheetah/results.json")
-EXPERT_SEED = 10_000  # of the roll-outs' starts and noise, away from those of the data
+ROLLOUT_SEED = 20_000
+"""Of all roll-outs' starts and noise: not one that data were made with or an expert was chosen by."""
 
 
 @dataclass
@@ -66,10 +66,11 @@ class Place:
 
     def data(self, seed: int, *worlds: str) -> Path:
         """The data set of a world, or of several; made where it is not there."""
-        path = self.folder / f"{'-and-'.join(worlds)}-{seed}.zarr"
+        recipes = [self._recipe(world, seed) for world in worlds]
+        sizes = "x".join(f"{one.episodes}.{one.steps}" for one in recipes)
+        path = self.folder / f"{'-and-'.join(worlds)}-{sizes}-{seed}.zarr"
         if not path.exists():
-            recipes = [self._recipe(world, seed) for world in worlds]
-            write(path, recipes[0], recipes[1:])
+            write(path, recipes)
         return path
 
     def _recipe(self, world: str, seed: int) -> Recipe:
@@ -89,19 +90,21 @@ class Trained:
         url: of the version that was pushed.
         parameters: that were trained.
         seconds: of processor time, on the one thread that it uses: data read, trained, pushed.
-        metrics: the lines of its file of metrics.
+        curve: `step` and mean `speed` on the way.
     """
 
     url: str
     parameters: int
     seconds: float
-    metrics: list[dict[str, Any]]
+    curve: list[dict[str, Any]]
 
 
-def train(
-    place: Place, config: str, overrides: Iterable[str], rollout: Callable[[Any], Mapping[str, float]] | None = None
-) -> Trained:
-    """Trains as a file in `config/` says, as `python -m pdp.train` does it."""
+def train(place: Place, config: str, overrides: Iterable[str], *, curve_of: str | None = None) -> Trained:
+    """Trains as a file in `config/` says, as `python -m pdp.train` does it.
+
+    Args:
+        curve_of: stop every `form.curve_every` steps and see how the policy runs in this world.
+    """
     from hydra import compose, initialize_config_dir
 
     from pdp.train import CONFIG_FOLDER
@@ -109,14 +112,23 @@ def train(
 
     with initialize_config_dir(config_dir=str(CONFIG.absolute()), version_base="1.3"):
         cfg = compose(config, [f"hydra.searchpath=[file://{CONFIG_FOLDER}]", "logging.progress=false", *overrides])
-    began = time.process_time()
     folder = place.folder / f"run-{os.getpid()}-{time.monotonic_ns()}"
-    run = DiffusionPolicyWorkspace(cfg, folder, registry=place.registry, rollout=rollout)
+    curve, seconds, began = [], 0.0, time.process_time()
+    run = DiffusionPolicyWorkspace(cfg, folder, registry=place.registry)
+    steps = cfg.training.max_steps
+    for end in range(0, steps, place.form.curve_every) if curve_of else ():
+        # A run that stops on its way is, bit for bit, the run that does not.
+        if end:
+            run.run(until_step=end)
+        seconds += time.process_time() - began
+        curve.append({"step": end, "speed": speed_of(place, run, curve_of)})
+        began = time.process_time()
     run.run()
-    seconds = time.process_time() - began
-    lines = (folder / cfg.logging.metrics_file).read_text(encoding="utf-8").splitlines()
+    seconds += time.process_time() - began
+    if curve_of:
+        curve.append({"step": steps, "speed": speed_of(place, run, curve_of)})
     parameters = sum(one.numel() for one in run.model.parameters() if one.requires_grad)
-    return Trained(run.pushed[0], parameters, seconds, [json.loads(line) for line in lines])
+    return Trained(run.pushed[0], parameters, seconds, curve)
 
 
 def act(place: Place, reference: str, worlds: Sequence[str], **said: Any) -> list[dict[str, Any]]:
@@ -127,10 +139,9 @@ def act(place: Place, reference: str, worlds: Sequence[str], **said: Any) -> lis
     found = evaluate(
         f"registry://{reference}",
         worlds,
-        task=TASK,
+        task=form.task,
         rollouts=form.rollouts,
-        steps=form.steps,
-        seed=EXPERT_SEED,
+        seed=ROLLOUT_SEED,
         registry=place.registry,
     )
     return [
@@ -162,17 +173,18 @@ def made(place: Place, url: str, seconds: float, parameters: int, **said: Any) -
 
 def experts(form: Form, worlds: Sequence[str]) -> Part:
     """The experts themselves, from the same starts."""
+    from pdp.rollout import mean_and_interval
+
     part = Part()
-    simulation = TASK.simulation([world for world in worlds for _ in range(form.rollouts)])
-    rows = {world: slice(at * form.rollouts, (at + 1) * form.rollouts) for at, world in enumerate(worlds)}
-    all_experts = {world: Expert.load(world) for world in worlds}
-    obs = simulation.reset(EXPERT_SEED)
-    for _ in range(form.steps):
-        obs = simulation.step(numpy.concatenate([all_experts[world].act(obs[rows[world]]) for world in worlds]))
     for world in worlds:
-        measures = {name: float(values[rows[world]].mean()) for name, values in simulation.measures().items()}
+        expert, simulation = Expert.load(world), form.task.simulation([world] * form.rollouts)
+        obs = simulation.reset(ROLLOUT_SEED)
+        for _ in range(form.task.steps):
+            obs = simulation.step(expert.act(obs))
+        measures = {name: mean_and_interval(values) for name, values in simulation.measures().items()}
         said = {"what": "expert", "trained_on": world, "world": world, "seed": None, "rollouts": form.rollouts}
-        part.records.append({**said, **measures})
+        means = {name: mean for name, (mean, _) in measures.items()}
+        part.records.append({**said, **means, "speed_ci95": measures["speed"][1]})
     return part
 
 
@@ -211,26 +223,11 @@ def world_piece(place: Place, seed: int, world: str, what: str) -> Part:
         f"training.seed={seed}",
         *form.adapter,
     ]
-    part, lost = Part(), 0.0
-    rollout = None
-    if form.curves == world:
-        overrides.append(f"training.rollout_every={form.curve_every}")
-
-        def rollout(policy: Any) -> dict[str, float]:
-            nonlocal lost
-            began = time.process_time()
-            speed = speed_of(place, policy, world)
-            lost += time.process_time() - began
-            return {"speed": speed}
-
-    trained = train(place, f"cheetah_{what}", overrides, rollout)
-    measured = [line for line in trained.metrics if "speed" in line]
-    part.curves += [
-        {"what": what, "world": world, "seed": seed, "step": line["global_step"], "speed": line["speed"]}
-        for line in measured
-    ]
+    part = Part()
+    trained = train(place, f"cheetah_{what}", overrides, curve_of=world if form.curves == world else None)
+    part.curves += [{"what": what, "world": world, "seed": seed, **point} for point in trained.curve]
     said = {"what": what, "trained_on": world, "seed": seed}
-    part.made.append(made(place, trained.url, trained.seconds - lost, trained.parameters, **said))
+    part.made.append(made(place, trained.url, trained.seconds, trained.parameters, **said))
     worlds = [world, ORIGINAL]
     if what == "lora":  # its pairs as well: what merged adapters are compared with
         both = [pair for pair in form.pairs if world in pair]
@@ -281,13 +278,16 @@ def similarity_of(found: Any) -> dict[str, float]:
     return {"cosine": pair.overall.cosine, "conflict": pair.overall.weighted_conflict}
 
 
-def speed_of(place: Place, policy: Any, world: str) -> float:
-    """Mean speed of a policy in training, measured as all others are."""
+def speed_of(place: Place, run: Any, world: str) -> float:
+    """Mean speed of the policy that a run would push now, measured as all others are."""
+    from pdp.policy import DiffusionPolicy
     from pdp.rollout import roll_out
 
-    form = place.form
-    simulation = TASK.simulation([world] * form.rollouts)
-    found = roll_out(policy, simulation, steps=form.steps, execute=TASK.execute, seed=EXPERT_SEED)
+    policy = DiffusionPolicy.from_checkpoint(run.save_policy(run.output_dir / "now.pth"))
+    simulation = place.form.task.simulation([world] * place.form.rollouts)
+    found = roll_out(
+        policy, simulation, steps=place.form.task.steps, execute=place.form.task.execute, seed=ROLLOUT_SEED
+    )
     return float(found.measures["speed"].mean())
 
 
@@ -298,7 +298,8 @@ def switching_piece(place: Place, world: str) -> dict[str, Any]:
 
     adapter, loaded_at, unloaded_at, steps = f"cheetah/{world}:prod", 100, 200, 300
     policy = DiffusionPolicy.from_checkpoint("registry://cheetah/base:v1", registry=place.registry)
-    simulation = TASK.simulation([world] * place.form.rollouts)
+    task = place.form.task
+    simulation = task.simulation([world] * place.form.rollouts)
     way = []
 
     def watch(step: int) -> None:
@@ -308,7 +309,7 @@ def switching_piece(place: Place, world: str) -> dict[str, Any]:
         if step == unloaded_at:
             policy.unload_adapter()
 
-    roll_out(policy, simulation, steps=steps, execute=TASK.execute, seed=EXPERT_SEED, watch=watch)
+    roll_out(policy, simulation, steps=steps, execute=task.execute, seed=ROLLOUT_SEED, watch=watch)
     way.append(simulation.way())
     speed = numpy.diff(numpy.stack(way, axis=1), axis=1) / simulation.batch.control_seconds
     return {
@@ -365,7 +366,12 @@ def run_study(place: Place, processes: int) -> dict[str, Any]:
     found = vars(whole)
     if form.curves:
         found["switching"] = switching_piece(place, form.curves)
-    found["form"] = {"seeds": list(form.seeds), "rollouts": form.rollouts, "steps": form.steps, "execute": TASK.execute}
+    found["form"] = {
+        "seeds": list(form.seeds),
+        "rollouts": form.rollouts,
+        "steps": form.task.steps,
+        "execute": form.task.execute,
+    }
     found["minutes"] = (time.perf_counter() - began) / 60
     found["processor_minutes"] = processor_seconds() / 60
     found["processes"] = processes
@@ -393,18 +399,26 @@ def tell(what: str, began: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--form", choices=FORMS, default="full")
-    parser.add_argument("--registry", default=".cheetah/registry", help="made where it is not there")
-    parser.add_argument("--folder", type=Path, default=Path(".cheetah/work"), help="of data sets and runs")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--folder", type=Path, help="of registry, data and runs; by default .cheetah/FORM")
+    parser.add_argument("--results", type=Path, help=f"by default {RESULTS}, of another form in its folder")
     parser.add_argument("--processes", type=int, default=2)
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     quiet()
-    place = Place(FORMS[given.form], str(Path(given.registry).absolute()), given.folder.absolute())
+    folder = (given.folder or Path(".cheetah") / given.form).absolute()
+    results = given.results or (RESULTS if given.form == "full" else folder / "results.json")
+    place = Place(FORMS[given.form], str(folder / "registry"), folder / "work")
+    refuse_leftovers(place)
+    results.parent.mkdir(parents=True, exist_ok=True)
     found = run_study(place, given.processes)
-    given.results.parent.mkdir(parents=True, exist_ok=True)
-    given.results.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    print(f"{found['minutes']:.1f} minutes, {found['processor_minutes']:.1f} of a processor; wrote {given.results}")
+    results.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    print(f"{found['minutes']:.1f} minutes, {found['processor_minutes']:.1f} of a processor; wrote {results}")
+
+
+def refuse_leftovers(place: Place) -> None:
+    """A registry in which versions are already would mix two studies under the same names."""
+    if Path(place.registry).exists():
+        sys.exit(f"{place.registry} is there already; take it away, or give another --folder")
 
 
 if __name__ == "__main__":

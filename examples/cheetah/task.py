@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from examples.cheetah.expert import Expert
 from examples.cheetah.simulation import CheetahSimulation
@@ -10,12 +11,13 @@ from examples.cheetah.worlds import WORLDS
 from pdp.simulation import check_world
 
 
+@dataclass(frozen=True)
 class Cheetah:
-    """Run as fast as the world's expert."""
+    """Run as fast as the world's expert. See `pdp.simulation.Task`."""
 
-    name = "cheetah"
-    steps = 300
-    execute = 2
+    name: str = "cheetah"
+    steps: int = 300
+    execute: int = 2
 
     @property
     def worlds(self) -> Collection[str]:

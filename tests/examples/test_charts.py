@@ -1,4 +1,4 @@
-"""The charts of docs/cheetah.md: what they say is what the results say. The intervals of statistics.py are here too, as
+"""The charts of docs/cheetah.md: what they say is what the results say. The intervals of intervals.py are here too, as
 charts and tables have them."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from matplotlib.colors import same_color
 
 from examples.cheetah import charts
 from examples.cheetah.charts import COLOURS, ResultsError
-from examples.cheetah.statistics import QUANTILES, seed_interval
+from examples.cheetah.intervals import QUANTILES, seed_interval
 
 CHANGES = ("gear", "mass", "slope", "gravity")
 PAIRS = tuple("-".join(pair) for pair in itertools.combinations(CHANGES, 2))

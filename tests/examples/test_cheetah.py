@@ -145,7 +145,7 @@ def test_the_recipe_begins_from_nothing_and_comes_again_bit_for_bit() -> None:
 
 def test_data_come_again_bit_for_bit_from_their_seed(tmp_path: Path) -> None:
     recipe = Recipe("gear", episodes=6, steps=60, noise=0.2, seed=5)
-    paths = [demonstrations.write(tmp_path / name, recipe) for name in ("a.zarr", "b.h5")]
+    paths = [demonstrations.write(tmp_path / name, [recipe]) for name in ("a.zarr", "b.h5")]
     first, again = (SequenceDataset(path, 2, 4) for path in paths)
     assert first.fingerprint == again.fingerprint
     assert first.recipe == again.recipe
@@ -169,7 +169,7 @@ def test_what_is_learned_is_the_experts_action_and_what_ran_had_noise() -> None:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A registry with `cheetah/base:v1` and `cheetah/gear:prod`, trained for some seconds."""
     folder = tmp_path_factory.mktemp("cheetah")
-    form = replace(REDUCED, base_data=(60, 200), adapter_data=(40, 200), rollouts=16, steps=2 * STEPS)
+    form = replace(REDUCED, base_data=(60, 200), adapter_data=(40, 200), rollouts=16)
     found = Place(form, str(folder / "registry"), folder)
     Registry.init(found.registry).close()
     common = ["dataloader.batch_size=128", "training.lr_warmup_steps=20"]
