@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from examples.cheetah.intervals import NORMAL, seed_interval
+from examples.cheetah.report import Results, gain_kept
 from registry.core.errors import InvalidInput
 
 LIMIT = 1_000_000  # bytes of a picture
@@ -325,7 +326,7 @@ def _similarity_panel(axes: Any, results: Mapping[str, Any], pairs: Sequence[str
         places[pair] = seed_interval(cosines[pair])[0]
     shades = [str(shade) for shade in numpy.linspace(0, 0.6, len(methods))]
     for method, marker, shade in zip(methods, itertools.cycle("osD^vPX*"), shades, strict=False):
-        lost = {pair: loss for pair in pairs if (loss := speed_lost(results, pair, method)) is not None}
+        lost = {pair: loss for pair in pairs if (loss := gain_lost(results, pair, method)) is not None}
         xs = [places[pair] for pair in lost]
         axes.plot(xs, list(lost.values()), marker, color=shade, markersize=6, linestyle="none", label=method)
     axes.axhline(0, color=INK, linewidth=0.8, zorder=0)
@@ -345,20 +346,20 @@ def _similarity_panel(axes: Any, results: Mapping[str, Any], pairs: Sequence[str
         axes.plot(*line, color="#CCCCCC", linewidth=0.8, zorder=0, transform=above, clip_on=False)
     axes.set_xlim(low, high)
     axes.set_xlabel("cosine of the two parents’ updates")
-    axes.set_ylabel("speed lost by merging")
+    axes.set_ylabel("gain lost by merging")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.2)
 
 
-def speed_lost(results: Mapping[str, Any], pair: str, method: str) -> float | None:
-    """1 - what is left of each parent's own speed in its own world: the mean over both and over the seeds that have
-    all of it; None where there are none."""
-    losses = []
+def gain_lost(results: Mapping[str, Any], pair: str, method: str) -> float | None:
+    """1 - the part of the parents' gain over the base that is left, see `report.gain_kept`: the mean over the seeds
+    that have all of it; None where there are none."""
     parents = _parents(pair)
-    own = [speeds(results, "lora", world, world) for world in parents]
-    kept = [speeds(results, "merged", world, pair, method) for world in parents]
-    for seed in set.intersection(*map(set, (*own, *kept))):
-        losses.append(1 - sum(now[seed] / before[seed] for now, before in zip(kept, own, strict=True)) / len(parents))
+    needed = [speeds(results, "merged", world, pair, method) for world in parents]
+    needed += [speeds(results, "lora", world, world) for world in parents]
+    needed += [speeds(results, "base", world) for world in parents]
+    seeds = set.intersection(*map(set, needed))
+    losses = [1 - gain_kept(Results(results), parents, seed, method) for seed in seeds]
     return seed_interval(losses)[0] if losses else None
 
 

@@ -4,6 +4,7 @@ header.
 
     python -m examples.cheetah.expert                    makes them all again, in minutes
     python -m examples.cheetah.expert gear --go-on 20    goes on from the one that is there, and says how it does
+    python -m examples.cheetah.expert gear --try 0 1 2   makes it with other seeds, and says how each does
 """
 
 from __future__ import annotations
@@ -208,11 +209,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("world", nargs="?", choices=WORLDS)
     parser.add_argument("--go-on", type=int, default=10, metavar="ITERATIONS")
+    parser.add_argument("--try", dest="seeds", type=int, nargs="+", metavar="SEED")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where they are made")
     parser.add_argument("--processes", type=int, default=2)
     given = parser.parse_args()
     if given.world is None:
         make_all(given.folder, given.processes)
+        return
+    if given.seeds:
+        recipe = recipe_of(given.world)
+        start = None if recipe.start is None else Expert.load(recipe.start)
+        for seed in given.seeds:
+            speed, upright = measure(search(given.world, replace(recipe, seed=seed), start), given.world)
+            print(f"seed {seed}: {speed:.2f} m/s, {upright:.0%} end on their feet", flush=True)
         return
     expert = Expert.load(given.world)
     recipe = replace(GOING_ON, iterations=given.go_on)

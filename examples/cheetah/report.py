@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,12 +28,22 @@ NAMES = {"expert": "expert", "base": "base", "lora": "base + LoRA", "full": "ful
 class Results:
     """The numbers of a study; see `examples.cheetah.study`."""
 
-    def __init__(self, found: dict[str, Any]) -> None:
+    def __init__(self, found: Mapping[str, Any]) -> None:
         self.found = found
         self.records: list[dict[str, Any]] = found["records"]
-        self.worlds = [one["world"] for one in self.records if one["what"] == "expert" and "-" not in one["world"]]
-        self.pairs = list(dict.fromkeys(tuple(one["pair"]) for one in found["similarity"]))
-        self.methods = list(dict.fromkeys(one["method"] for one in self.records if one["what"] == "merged"))
+
+    @property
+    def worlds(self) -> list[str]:
+        """Those with at most one change."""
+        return [one["world"] for one in self.records if one["what"] == "expert" and "-" not in one["world"]]
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        return list(dict.fromkeys(tuple(one["pair"]) for one in self.found["similarity"]))
+
+    @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(one["method"] for one in self.records if one["what"] == "merged"))
 
     def values(self, measure: str, **wanted: Any) -> list[float]:
         """One for each training seed."""
