@@ -61,6 +61,7 @@ def evaluate(
     seed: int = 0,
     threads: int = 1,
     device: str = "cpu",
+    fused: bool = False,
     push: bool = True,
     registry: Registry | str | os.PathLike[str] | None = None,
 ) -> Evaluation:
@@ -74,6 +75,7 @@ def evaluate(
         base: of a file that holds an adapter alone: the checkpoint that it was trained from.
         steps, execute: by default the task's.
         threads: of torch: networks as small as a policy's are slower with more than one.
+        fused: add an adapter into a copy of the weights first: the same function but for rounding, as fast as the base.
         push: note the metrics with the version, as `<world>/<measure>`. A measure in the world that the version was
             trained in has its own name as well, such as `speed`, if episodes are as long as the task's. `..._ci95` is
             half of an interval over roll-outs, `rollouts` and `episode_steps` say what was done.
@@ -83,7 +85,9 @@ def evaluate(
         Incompatible: a policy of other observations or actions; ActionNotFinite, SimulationDiverged: when and where.
         InvalidInput, NotFound, CheckpointError, StorageError
     """
-    found, version = _evaluate(path, worlds, task, base, rollouts, steps, execute, seed, threads, device, registry)
+    found, version = _evaluate(
+        path, worlds, task, base, rollouts, steps, execute, seed, threads, device, fused, registry
+    )
     if push and version is not None:
         version.registry.annotate(version.reference, metrics=found.metrics)
     return found
@@ -100,15 +104,18 @@ def _evaluate(
     seed: int,
     threads: int,
     device: str,
+    fused: bool,
     registry: Registry | str | os.PathLike[str] | None,
 ) -> tuple[Evaluation, RegistryCheckpoint | None]:
     import torch
 
     from pdp.checkpoints import RegistryCheckpoint, read_checkpoint
     from pdp.device import check_device
+    from pdp.lora_model import LoraTransformerForDiffusion
     from pdp.policy import DiffusionPolicy
     from pdp.rollout import mean_and_interval, roll_out
     from pdp.simulation import check_world, find_task, known_tasks
+    from pdp.utils.lora_utils import merge_lora_weights
 
     for name, value, least, most in (
         ("rollouts", rollouts, 1, 1_000_000),
@@ -128,6 +135,8 @@ def _evaluate(
     for world in wanted:
         check_world(task, world)
     policy = DiffusionPolicy.from_checkpoint(checkpoint, base, registry=registry).to(where)
+    if fused and isinstance(policy.model, LoraTransformerForDiffusion):
+        policy.model = merge_lora_weights(policy.model)
     steps = task.steps if steps is None else steps
     execute = task.execute if execute is None else execute
     results, seconds = {}, 0.0
@@ -177,6 +186,7 @@ def _metrics(results: Mapping[str, Mapping[str, tuple[float, float]]], own: str 
 @click.option("--seed", default=0, show_default=True, help="Of starts and noise.")
 @click.option("--threads", default=1, show_default=True, help="Of torch: small networks are fastest with one.")
 @click.option("--device", default="cpu", show_default=True)
+@click.option("--fused", is_flag=True, help="Add an adapter into the weights first: as fast as the base.")
 @click.option("--no-push", is_flag=True, help="Do not note the metrics with the version.")
 @click.option("--registry", help="The registry; else as the command registry finds it.")
 @click.option("--json", "as_json", is_flag=True, help="One document on standard output.")
@@ -191,6 +201,7 @@ def command(
     seed: int,
     threads: int,
     device: str,
+    fused: bool,
     no_push: bool,
     registry: str | None,
     as_json: bool,
@@ -206,7 +217,7 @@ def command(
     try:
         task = None if module is None else load_task(module)
         found, version = _evaluate(
-            reference, worlds, task, base, rollouts, steps, execute, seed, threads, device, registry
+            reference, worlds, task, base, rollouts, steps, execute, seed, threads, device, fused, registry
         )
         # Printed before it is noted: where that fails, it was not in vain.
         print(_document(found) if as_json else _lines(found, reference), flush=True)

@@ -142,6 +142,7 @@ def act(place: Place, reference: str, worlds: Sequence[str], **said: Any) -> lis
         task=form.task,
         rollouts=form.rollouts,
         seed=ROLLOUT_SEED,
+        fused=True,
         registry=place.registry,
     )
     return [
