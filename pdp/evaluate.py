@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pdp.errors import ConfigError
+from pdp.simulation import INTERVAL, check_world, find_task, known_tasks, load_task
 from registry.core.errors import RegistryError
 
 if TYPE_CHECKING:
@@ -72,13 +73,15 @@ def evaluate(
         path: a `registry://` URL or a file, as `DiffusionPolicy.from_checkpoint` takes it.
         worlds: of the task; by default the one that the version was trained in.
         task: by default the one that the version records, among those of `pdp.simulation.known_tasks`.
-        base: of a file that holds an adapter alone: the checkpoint that it was trained from.
+        base: of a file, or a version without a declared base, that holds an adapter alone: the checkpoint that it was
+            trained from. A version is then not noted anything.
         steps, execute: by default the task's.
         threads: of torch: networks as small as a policy's are slower with more than one.
         fused: add an adapter into a copy of the weights first: the same function but for rounding, as fast as the base.
         push: note the metrics with the version, as `<world>/<measure>`. A measure in the world that the version was
-            trained in has its own name as well, such as `speed`, if episodes are as long as the task's. `..._ci95` is
-            half of an interval over roll-outs, `rollouts` and `episode_steps` say what was done.
+            trained in has its own name as well, such as `speed`, if task, steps and execute are what the task has.
+            `..._ci95` is half of an interval over roll-outs (NaN of one), `<world>/rollouts` and
+            `<world>/episode_steps` say what was done.
 
     Raises:
         TaskNotFound, WorldNotFound: with what there is.
@@ -88,7 +91,7 @@ def evaluate(
     found, version = _evaluate(
         path, worlds, task, base, rollouts, steps, execute, seed, threads, device, fused, registry
     )
-    if push and version is not None:
+    if push and version is not None and base is None:
         version.registry.annotate(version.reference, metrics=found.metrics)
     return found
 
@@ -114,7 +117,6 @@ def _evaluate(
     from pdp.lora_model import LoraTransformerForDiffusion
     from pdp.policy import DiffusionPolicy
     from pdp.rollout import mean_and_interval, roll_out
-    from pdp.simulation import check_world, find_task, known_tasks
     from pdp.utils.lora_utils import merge_lora_weights
 
     for name, value, least, most in (
@@ -128,6 +130,9 @@ def _evaluate(
     checkpoint = read_checkpoint(path, registry)
     version = checkpoint if isinstance(checkpoint, RegistryCheckpoint) else None
     recorded = {} if version is None else _recorded(version)
+    if base is not None and (checkpoint.base or (version is not None and version.base_reference is not None)):
+        which = "holds a whole network" if checkpoint.base else f"has its base, {version and version.base_reference}"
+        raise ConfigError(f"{checkpoint.what} {which}; leave the base out (--base {base})")
     task = task or find_task(recorded.get("task"), known_tasks())
     wanted = list(dict.fromkeys(worlds)) or [recorded[key] for key in recorded if key == "world"]
     if not wanted:
@@ -149,8 +154,8 @@ def _evaluate(
             seconds += done.seconds
     finally:
         torch.set_num_threads(before)
-    own = recorded.get("world") if steps == task.steps else None
-    metrics = {"rollouts": rollouts, "episode_steps": steps, **_metrics(results, own)}
+    as_the_task_has_it = (steps, execute, recorded.get("task")) == (task.steps, task.execute, task.name)
+    metrics = _metrics(results, recorded.get("world") if as_the_task_has_it else None, rollouts, steps)
     reference = None if version is None else version.reference
     return Evaluation(reference, task.name, results, rollouts, steps, execute, metrics, seconds), version
 
@@ -161,14 +166,16 @@ def _recorded(version: RegistryCheckpoint) -> dict[str, str]:
     return {key: value for key in RECORDED if isinstance(value := metadata.get(key), str)}
 
 
-def _metrics(results: Mapping[str, Mapping[str, tuple[float, float]]], own: str | None) -> dict[str, float]:
+def _metrics(
+    results: Mapping[str, Mapping[str, tuple[float, float]]], own: str | None, rollouts: int, steps: int
+) -> dict[str, float]:
+    """All of a world's at once, so that none is left of an earlier time: an interval that there is not is NaN."""
     found: dict[str, float] = {}
     for world, measures in results.items():
+        found |= {f"{world}/rollouts": rollouts, f"{world}/episode_steps": steps}
         for name, (mean, half) in measures.items():
             for place in (f"{world}/{name}", *([name] if world == own else [])):
-                found[place] = mean
-                if math.isfinite(half):
-                    found[f"{place}_ci95"] = half
+                found |= {place: mean, f"{place}{INTERVAL}": half}
     return found
 
 
@@ -211,8 +218,6 @@ def command(
     \b
     python -m pdp.evaluate registry://cheetah/gear:prod --world gear
     """
-    from pdp.simulation import load_task
-
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
         task = None if module is None else load_task(module)
@@ -221,7 +226,7 @@ def command(
         )
         # Printed before it is noted: where that fails, it was not in vain.
         print(_document(found) if as_json else _lines(found, reference), flush=True)
-        if not no_push and version is not None:
+        if not no_push and version is not None and base is None:
             version.registry.annotate(version.reference, metrics=found.metrics)
             if not as_json:
                 print(f"noted {len(found.metrics)} metrics with {version.reference}")
@@ -249,8 +254,15 @@ def _lines(found: Evaluation, what: str) -> str:
 
 
 def main() -> None:
-    """The command. Exit codes are those of the registry's error tree; 2 is wrong usage."""
-    command.main(prog_name="python -m pdp.evaluate")
+    """The command. Exit codes are those of the registry's error tree; 2 is wrong usage, 130 an interrupt."""
+    try:
+        command.main(prog_name="python -m pdp.evaluate", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        print("pdp.evaluate: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ class MujocoBatch:
     def __init__(self, models: Sequence[Any], frame_skip: int, threads: int = 1) -> None:
         if not models:
             raise InvalidInput("there are no environments; give one model at least")
+        if threads < 1 or type(frame_skip) is not int or frame_skip < 1:
+            raise InvalidInput(f"frame_skip {frame_skip}, threads {threads}: expected whole numbers from 1")
         first = models[0]
         sizes = {(one.nq, one.nv, one.nu, one.na, mujoco.mj_stateSize(one, FULL), one.opt.timestep) for one in models}
         if len(sizes) > 1:

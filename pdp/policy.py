@@ -58,6 +58,8 @@ class DiffusionPolicy(nn.Module):
         self.noise_scheduler = noise_scheduler
         self.num_inference_steps = num_inference_steps or steps
         self.normalizer = LinearNormalizer()
+        self.flags_without_adapter: list[tuple[nn.Parameter, bool]] | None = None
+        """Of the network before `load_adapter`: which parameters train; None without an adapter."""
         network: Any = model
         self.obs_dim, self.action_dim = int(network.obs_dim), int(network.output_dim)
         self.T_obs, self.T_action = int(network.T_obs), int(network.T_action)
@@ -91,13 +93,16 @@ class DiffusionPolicy(nn.Module):
         """Acts with an adapter from now on, also between two control steps of a roll-out: puts it on the network, in
         the place of the adapter that is there. The network's own weights stay.
 
+        For a policy that acts: the network of a run in training, or one that two policies share, is not to be changed
+        under them.
+
         Args:
             path: file or `registry://` URL of an adapter on this network.
             use_ema: take the moving average of the adapter's weights; None: where there is one.
 
         Raises:
-            Incompatible: it was trained on another network; of a version also where the registry's rules refuse it. The
-                policy is as it was.
+            Incompatible: it was trained on another network; of a version, and of a checkpoint with the network within,
+                also on other weights. The policy is as it was.
             CheckpointError: there is no adapter in it. InvalidInput, NotFound, StorageError
         """
         from pdp.switching import put_adapter

@@ -14,8 +14,10 @@ import torch
 
 from pdp.errors import ActionNotFinite
 from pdp.policy import DiffusionPolicy
-from pdp.simulation import Simulation
+from pdp.simulation import INTERVAL, RESERVED, Simulation
+from registry.core.annotations import check_key
 from registry.core.errors import Incompatible, InvalidInput
+from registry.core.reference import shown
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ def roll_out(
         ActionNotFinite: says when and where.
         SimulationDiverged: the same.
         Incompatible: a policy of other observations or actions than the simulation's.
-        InvalidInput: `steps` or `execute` out of range.
+        InvalidInput: `steps` or `execute` out of range; observations or measures of another form than the simulation
+            says.
     """
     _check(policy, simulation, steps, execute)
     modes = [(module, module.training) for module in policy.modules()]
@@ -85,7 +88,8 @@ def _roll_out(
     began = time.perf_counter()
     device = next(policy.model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    obs = numpy.asarray(simulation.reset(seed), dtype=numpy.float32)
+    obs = _observed(simulation, simulation.reset(seed), "reset")
+    checked_measures(simulation)  # not only when all is done
     seen = [obs] * policy.T_obs
     planned: Any = None
     for step in range(steps):
@@ -106,9 +110,48 @@ def _roll_out(
                 step=step + 1,
                 environment=row,
             )
-        obs = numpy.asarray(simulation.step(action), dtype=numpy.float32)
+        obs = _observed(simulation, simulation.step(action), "step")
         seen = [*seen[1:], obs]
-    return Rollout(simulation.worlds, simulation.measures(), steps, time.perf_counter() - began)
+    return Rollout(tuple(simulation.worlds), checked_measures(simulation), steps, time.perf_counter() - began)
+
+
+def _observed(simulation: Simulation, found: Any, who: str) -> Any:
+    """A copy, as a simulation may use its buffer again."""
+    expected = (len(simulation.worlds), simulation.obs_dim)
+    try:
+        obs = numpy.array(found, dtype=numpy.float32)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"{who}() of the simulation gave no observations: {shown(str(error), 200)}") from error
+    if obs.shape != expected:
+        raise InvalidInput(f"{who}() of the simulation gave observations of the form {obs.shape}; expected {expected}")
+    return obs
+
+
+def checked_measures(simulation: Simulation) -> dict[str, Any]:
+    """The measures of a simulation, each (B,) float64.
+
+    Raises:
+        InvalidInput: one of another form, that is not finite, or with a name that the registry does not take.
+    """
+    found = simulation.measures()
+    if not isinstance(found, Mapping):
+        raise InvalidInput(f"measures() of the simulation gave a {type(found).__name__}; expected arrays by name")
+    expected = (len(simulation.worlds),)
+    checked = {}
+    for name, values in found.items():
+        check_key(name, "measure")
+        if name in RESERVED or name.endswith(INTERVAL):
+            raise InvalidInput(f"the measure {name} has a name that is noted for something else; give it another")
+        array = numpy.asarray(values)
+        if array.shape != expected or array.dtype.kind not in "fiub":
+            raise InvalidInput(
+                f"the measure {name} is of the form {array.shape} ({array.dtype}); expected numbers, {expected}"
+            )
+        checked[name] = array.astype(numpy.float64)
+        if not numpy.isfinite(checked[name]).all():
+            row = int((~numpy.isfinite(checked[name])).argmax())
+            raise InvalidInput(f"the measure {name} of environment {row} is {array[row]}; expected finite numbers")
+    return checked
 
 
 def mean_and_interval(values: Any) -> tuple[float, float]:

@@ -102,7 +102,14 @@ def _noise(section: Any, base: Checkpoint | None) -> tuple[dict[str, Any], int |
     """The section of the noise scheduler, and the denoising steps: as configured, else as the base was trained."""
     noise: Any = None if section.noise_scheduler is None else OmegaConf.to_container(section.noise_scheduler)
     steps = section.num_inference_steps
-    recorded = None if noise or base is None else recorded_noise(base)
-    if recorded is not None:
+    recorded = None if base is None else recorded_noise(base)
+    if recorded is not None and not noise:
         return recorded[0], steps or recorded[1]
+    if recorded is not None and base is not None:
+        here, there = (one.get("prediction_type", "epsilon") for one in (noise, recorded[0]))
+        if here != there:
+            raise ConfigError(
+                f"policy.noise_scheduler.prediction_type is {here!r}, and {base.what} was trained to predict "
+                f"{there!r}; set policy.noise_scheduler=null, which takes the base's"
+            )
     return noise or dict(DEFAULT_NOISE), steps

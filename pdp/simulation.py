@@ -16,6 +16,9 @@ from pdp.errors import ConfigError, TaskNotFound, WorldNotFound
 from registry.core.reference import shown
 
 PROJECT_FILE = "pyproject.toml"
+RESERVED = ("rollouts", "episode_steps")
+INTERVAL = "_ci95"
+"""What `pdp.evaluate` notes beside the measures, and the end of the names of their intervals."""
 
 
 class Simulation(Protocol):
@@ -49,7 +52,8 @@ class Simulation(Protocol):
         """
 
     def measures(self) -> dict[str, Any]:
-        """What the episode came to until now: (B,) by name, such as `speed`, and `success` in 0 and 1."""
+        """What the episode came to until now: (B,) finite numbers by name, such as `speed`, and `success` in 0 and 1.
+        Also asked for at the start of an episode."""
 
 
 @runtime_checkable
@@ -115,11 +119,19 @@ def load_task(name: str) -> Task:
             f"the task {shown(repr(name))} cannot be imported: {error}; give a module with an attribute TASK, and "
             "run where it can be found"
         ) from error
-    except (ValueError, TypeError) as error:  # an empty name, or one that begins with a dot
-        raise TaskNotFound(f"the task is {shown(repr(name))}; expected the name of a module") from error
+    except Exception as error:  # a module may raise anything; of an odd name import_module does
+        raise TaskNotFound(
+            f"the task {shown(repr(name))} cannot be imported: {type(error).__name__}: {shown(str(error), 200)}"
+        ) from error
     task = getattr(module, "TASK", None)
-    if not isinstance(task, Task):
+    if isinstance(task, type) or not isinstance(task, Task):
         raise TaskNotFound(f"the module {shown(name)} has no task: expected an attribute TASK, as pdp.simulation.Task")
+    numbers = all(type(one) is int and one > 0 for one in (task.steps, task.execute))
+    if not numbers or not isinstance(task.name, str) or not isinstance(task.worlds, Collection):
+        raise TaskNotFound(
+            f"TASK of the module {shown(name)} is not as pdp.simulation.Task has it: expected name (a text), worlds (a "
+            "collection of names), steps and execute (whole numbers from 1)"
+        )
     return task
 
 

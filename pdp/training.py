@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -34,6 +35,8 @@ with warnings.catch_warnings():
 from registry.core.errors import Incompatible, InvalidInput
 from registry.core.reference import shown
 
+_NAME = re.compile(r"[\w.+-]{1,100}")
+
 if TYPE_CHECKING:
     from pdp.workspace import DiffusionPolicyWorkspace
 
@@ -58,9 +61,11 @@ class Trainer:
 
     @property
     def trained_on(self) -> dict[str, str]:
-        """`task` and `world` as the recipe of the data names them; empty until the data are open."""
+        """`task` and `world` as the recipe of the data names them; empty until the data are open. What is no name is
+        left out: a recipe may say anything, and a push at the end must not fail for it."""
         recipe = {} if self._data is None else self._data.recipe
-        return {key: recipe[key] for key in ("task", "world") if isinstance(recipe.get(key), str)}
+        said = {key: recipe.get(key) for key in ("task", "world")}
+        return {key: value for key, value in said.items() if isinstance(value, str) and _NAME.fullmatch(value)}
 
     # ------------------------------------------------------------ what a checkpoint holds of it
 

@@ -14,6 +14,7 @@ from typing import Any
 import mujoco
 import numpy
 
+from examples.arguments import number, refusals
 from examples.arm.model import ORIGINAL, WORLDS, world_model
 from examples.arm.simulation import ArmSimulation
 from pdp.data import write_dataset
@@ -96,17 +97,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("world", choices=WORLDS)
     parser.add_argument("path", type=Path, help="a zarr folder, or an HDF5 file (.h5)")
-    parser.add_argument("--episodes", type=int, help="200; of the original world 400")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--noise", type=float, default=0.2)
-    parser.add_argument("--push", type=float, default=0.2)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--episodes", type=number(int, 1), help="200; of the original world 400")
+    parser.add_argument("--steps", type=number(int, 1), default=100)
+    parser.add_argument("--noise", type=number(float, 0), default=0.2)
+    parser.add_argument("--push", type=number(float, 0), default=0.2)
+    parser.add_argument("--seed", type=number(int, 0), default=0)
     parser.add_argument("--force", action="store_true", help="replace what is there")
     given = parser.parse_args()
     # Many short ones: a start is off the reference, as the middle of an episode seldom is.
     episodes = given.episodes or (400 if given.world == ORIGINAL else 200)
     recipe = Recipe(given.world, episodes, given.steps, given.noise, given.push, given.seed)
-    print(f"wrote {write(given.path, recipe, force=given.force)}")
+    with refusals():
+        print(f"wrote {write(given.path, recipe, force=given.force)}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from zlib import crc32
 
 import numpy
 
+from examples.arguments import number, refusals
 from examples.cheetah.expert import Expert
 from examples.cheetah.simulation import CheetahSimulation
 from examples.cheetah.worlds import ORIGINAL, WORLDS
@@ -83,16 +84,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("world", choices=WORLDS)
     parser.add_argument("path", type=Path, help="a zarr folder, or an HDF5 file (.h5)")
-    parser.add_argument("--episodes", type=int, help="80; of the original world 160")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--noise", type=float, help="0.2; in the original world 0.3")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--episodes", type=number(int, 1), help="80; of the original world 160")
+    parser.add_argument("--steps", type=number(int, 1), default=300)
+    parser.add_argument("--noise", type=number(float, 0), help="0.2; in the original world 0.3")
+    parser.add_argument("--seed", type=number(int, 0), default=0)
     parser.add_argument("--force", action="store_true", help="replace what is there")
     given = parser.parse_args()
     episodes = given.episodes or (160 if given.world == ORIGINAL else 80)
     noise = (0.3 if given.world == ORIGINAL else 0.2) if given.noise is None else given.noise
     recipe = Recipe(given.world, episodes, given.steps, noise, given.seed)
-    print(f"wrote {write(given.path, [recipe], force=given.force)}")
+    with refusals():
+        print(f"wrote {write(given.path, [recipe], force=given.force)}")
 
 
 if __name__ == "__main__":

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from examples.cheetah.simulation import ACTION_DIM, OBS_DIM, CheetahSimulation
 from examples.cheetah.worlds import ORIGINAL, WORLDS
+from registry.core.errors import InvalidInput
 
 FOLDER = Path(__file__).parent / "experts"
 
@@ -95,16 +96,32 @@ class Expert:
 
     @classmethod
     def load(cls, world: str, folder: Path = FOLDER) -> Expert:
-        with safe_open(folder / f"{world}.safetensors", framework="numpy") as file:
-            said = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in ("matrix", "mean", "deviation")}
+        """
+        Raises:
+            InvalidInput: there is no such file, or it is no expert of this world.
+        """
+        tensors, said = _read(folder / f"{world}.safetensors")
+        shapes = {"matrix": (ACTION_DIM, OBS_DIM), "mean": (OBS_DIM,), "deviation": (OBS_DIM,)}
+        found = {name: tensor.shape for name, tensor in tensors.items()}
+        if found != shapes or said.get("world") != world:
+            raise InvalidInput(
+                f"{folder / world}.safetensors is no expert of the world {world}: it has {found}, and says "
+                f"{said.get('world')!r}; make it again: make experts"
+            )
         return cls(**tensors, speed=float(said["speed"]), upright=float(said["upright"]))
 
 
 def recorded_recipe(path: Path) -> Recipe:
     """How a file's expert was made."""
-    with safe_open(path, framework="numpy") as file:
-        return Recipe(**json.loads(file.metadata()["recipe"]))
+    return Recipe(**json.loads(_read(path)[1]["recipe"]))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118  # no dict
+    except (OSError, SafetensorError) as error:
+        raise InvalidInput(f"{path} cannot be read ({error}); make it again: make experts") from error
 
 
 class Seen:

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -236,10 +237,15 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--print", action="store_true", help="print the tables instead")
     given = parser.parse_args()
-    results = Results(json.loads(given.results.read_text(encoding="utf-8")))
+    try:
+        results = Results(json.loads(given.results.read_text(encoding="utf-8")))
+        tables = [made(results) for made in TABLES.values()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(
+            f"{given.results} holds no results of a study ({type(error).__name__}: {error}); make study makes them"
+        )
     if given.print:
-        for made in TABLES.values():
-            print(made(results), end="\n\n")
+        print("\n\n".join(tables))
         return
     given.page.write_text(fill(given.page.read_text(encoding="utf-8"), results), encoding="utf-8")
     print(f"wrote the tables of {given.page}")

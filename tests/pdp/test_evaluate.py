@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def test_what_came_of_it_is_noted_and_found(pushed: Path) -> None:
         assert {key: metrics[key] for key in found.metrics} == found.metrics
         assert metrics["speed"] == metrics["weak/speed"] != metrics["strong/speed"]
         assert metrics["weak/speed_ci95"] > 0
-        assert metrics["rollouts"] == 7
+        assert (metrics["weak/rollouts"], metrics["weak/episode_steps"]) == (7, 6)
         speed = metrics["speed"]
         asked = f"metric.weak/speed >= {speed - 1e-6}"
         assert [one.reference for one in registry.find(asked, "name ~ points/*")] == ["points/weak@1"]
@@ -77,7 +78,8 @@ def test_what_came_of_it_is_noted_and_found(pushed: Path) -> None:
 def test_a_world_that_the_data_were_not_of_gets_no_plain_metric(pushed: Path) -> None:
     found = evaluate("registry://points/base:v1", ["strong"], task=TASK, rollouts=2, registry=pushed, push=False)
     assert set(found.metrics) == {
-        "rollouts",
+        "strong/rollouts",
+        "strong/episode_steps",
         *(f"strong/{name}{rest}" for name in ("speed", "success") for rest in ("", "_ci95")),
     }
     with Registry.open(pushed) as registry:
@@ -90,10 +92,53 @@ def test_without_a_world_it_is_the_one_of_the_data(pushed: Path) -> None:
     ]
 
 
-def test_one_roll_out_has_no_interval(pushed: Path) -> None:
-    found = evaluate("registry://points/weak", task=TASK, rollouts=1, registry=pushed, push=False)
+def test_one_roll_out_has_no_interval_and_none_is_left_of_an_earlier_time(pushed: Path) -> None:
+    evaluate("registry://points/base:v1", ["weak"], task=TASK, rollouts=3, registry=pushed)
+    found = evaluate("registry://points/base:v1", ["weak"], task=TASK, rollouts=1, registry=pushed)
     assert math.isnan(found.worlds["weak"]["speed"][1])
-    assert "speed_ci95" not in found.metrics
+    with Registry.open(pushed) as registry:
+        metrics = registry.get("points/base:v1").metrics
+    assert math.isnan(metrics["weak/speed_ci95"])
+    assert metrics["weak/rollouts"] == 1
+
+
+@pytest.mark.parametrize("changed", [{"steps": 4}, {"execute": 1}])
+def test_what_is_not_done_as_the_task_has_it_gets_no_plain_metric(pushed: Path, changed: dict[str, int]) -> None:
+    found = evaluate("registry://points/weak", task=TASK, rollouts=2, registry=pushed, push=False, **changed)
+    assert "weak/speed" in found.metrics
+    assert "speed" not in found.metrics
+
+
+def test_another_task_with_a_world_of_that_name_gets_no_plain_metric(pushed: Path) -> None:
+    class Other(type(TASK)):  # type: ignore[misc]  # the class of a value
+        name = "other"
+
+    found = evaluate("registry://points/weak", ["weak"], task=Other(), rollouts=2, registry=pushed, push=False)
+    assert "speed" not in found.metrics
+
+
+def test_a_base_is_for_what_does_not_know_its_own(pushed: Path) -> None:
+    options: dict[str, Any] = {"task": TASK, "rollouts": 2, "registry": pushed, "base": "registry://points/base:v1"}
+    with pytest.raises(ConfigError, match=r"points/weak@1 has its base, points/base@1; leave the base out"):
+        evaluate("registry://points/weak", **options)
+    with pytest.raises(ConfigError, match="points/base@1 holds a whole network"):
+        evaluate("registry://points/base", **options)
+
+
+def test_an_adapter_in_a_file_acts_on_the_base_that_is_given(pushed: Path, tmp_path: Path) -> None:
+    with Registry.open(pushed) as registry:
+        registry.pull("points/weak:prod", tmp_path / "weak.pth", format="pth")
+        options: dict[str, Any] = {"task": TASK, "rollouts": 4, "registry": registry}
+        there = evaluate("registry://points/weak:prod", **options, push=False)
+        here = evaluate(tmp_path / "weak.pth", ["weak"], **options, base="registry://points/base:v1")
+    assert here.reference is None
+    assert here.worlds["weak"]["speed"] == there.worlds["weak"]["speed"]
+
+
+def test_fused_it_does_the_same_but_for_rounding(pushed: Path) -> None:
+    options: dict[str, Any] = {"task": TASK, "rollouts": 4, "registry": pushed, "push": False}
+    plain, fused = (evaluate("registry://points/weak", **options, fused=fused) for fused in (False, True))
+    assert fused.worlds["weak"]["speed"][0] == pytest.approx(plain.worlds["weak"]["speed"][0], abs=1e-4)
 
 
 def test_the_same_seed_gives_the_same_numbers(pushed: Path) -> None:
@@ -150,6 +195,23 @@ def test_an_action_that_is_not_finite_stops_it_and_nothing_is_noted(pushed: Path
         assert registry.get("points/nan").metrics == before
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "raise ValueError('boom')",
+        "x = ",
+        "TASK = 3",
+        "class TASK:\n    name = steps = execute = worlds = simulation = 1",
+    ],
+)
+def test_a_module_with_a_mistake_is_one_refusal(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mistaken_task.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mistaken_task", raising=False)
+    with pytest.raises(TaskNotFound, match="mistaken_task"):
+        load_task("mistaken_task")
+
+
 class TestTasks:
     def test_are_named_by_the_environment_or_by_the_projects_file(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -166,7 +228,9 @@ class TestTasks:
         with pytest.raises(TaskNotFound, match=r"no\.such\.module.* cannot be imported"):
             find_task("other", ["no.such.module", MODULE])
 
-    @pytest.mark.parametrize("text", ["[tool]\npdp = 3\n", "tool = 3\n", "[tool.pdp]\ntasks = 3\n", "[tool.pdp]\ntasks = [3]\n", "[tool"])
+    @pytest.mark.parametrize(
+        "text", ["[tool]\npdp = 3\n", "tool = 3\n", "[tool.pdp]\ntasks = 3\n", "[tool.pdp]\ntasks = [3]\n", "[tool"]
+    )
     def test_of_a_broken_file_are_refused(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str) -> None:
         monkeypatch.delenv("PDP_TASKS", raising=False)
         (tmp_path / "pyproject.toml").write_text(text)
@@ -200,7 +264,7 @@ class TestCommand:
         assert done.exit_code == 0, done.output
         assert "points/weak@1: 3 roll-outs of 6 steps" in done.output
         assert "weak " in done.output
-        assert "noted 9 metrics with points/weak@1" in done.output
+        assert "noted 10 metrics with points/weak@1" in done.output
 
     def test_gives_one_document_with_json(self, pushed: Path) -> None:
         words = ("registry://points/weak:prod", "--task", MODULE, "--rollouts", "2", "--json", "--no-push")

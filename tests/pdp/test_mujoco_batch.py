@@ -132,6 +132,24 @@ def test_models_of_different_sizes_are_refused() -> None:
         MujocoBatch([model(), mujoco.MjModel.from_xml_string(SINGLE)], FRAME_SKIP)
 
 
+@pytest.mark.parametrize(("frame_skip", "threads"), [(0, 1), (-1, 1), (2.5, 1), (3, 0), (3, -1)])
+def test_steps_and_threads_out_of_range_are_refused(frame_skip: Any, threads: int) -> None:
+    with pytest.raises(InvalidInput, match="expected whole numbers from 1"):
+        MujocoBatch([model()], frame_skip, threads)
+
+
+def test_a_state_of_an_earlier_time_can_be_put_back() -> None:
+    batch = MujocoBatch([model()], FRAME_SKIP)
+    before = batch.state.copy()
+    found = []
+    for _ in range(2):
+        batch.state[:] = before
+        for control in controls(3, 1):
+            batch.step(control)
+        found.append(batch.state.copy())
+    numpy.testing.assert_array_equal(*found)
+
+
 def test_models_of_different_time_steps_are_refused() -> None:
     with pytest.raises(InvalidInput, match="timestep"):
         MujocoBatch([model(), model(step=STEP / 2)], FRAME_SKIP)

@@ -257,3 +257,57 @@ def test_one_value_has_a_mean_and_no_interval() -> None:
 def test_no_value_has_no_mean() -> None:
     with pytest.raises(InvalidInput, match="no roll-outs"):
         mean_and_interval([])
+
+
+class Reusing(Counting):
+    """Fills one buffer again and again, as many simulators do."""
+
+    buffer = numpy.zeros((len(WORLDS), OBS_DIM), dtype=numpy.float32)
+
+    def reset(self, seed: int) -> Any:
+        self.buffer[:] = super().reset(seed)
+        return self.buffer
+
+    def step(self, action: Any) -> Any:
+        self.buffer[:] = super().step(action)
+        return self.buffer
+
+
+def test_a_simulation_may_use_its_buffer_again() -> None:
+    made, other = policy(), policy()
+    roll_out(made, Reusing(), steps=5)
+    roll_out(other, Counting(), steps=5)
+    assert all(torch.equal(a, b) for a, b in zip(made.asked, other.asked, strict=True))
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, numpy.zeros((2, OBS_DIM)), numpy.zeros((3, OBS_DIM + 1)), (numpy.zeros((3, OBS_DIM)), {}), "x"]
+)
+@pytest.mark.parametrize("who", ["reset", "step"])
+def test_observations_of_another_form_are_refused(who: str, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Counting, who, lambda self, given: wrong)
+    with pytest.raises(InvalidInput, match=rf"{who}\(\) of the simulation gave"):
+        roll_out(policy(), Counting(), steps=5)
+
+
+@pytest.mark.parametrize(
+    ("measures", "words"),
+    [
+        (None, "gave a NoneType"),
+        ({"way": numpy.zeros(4)}, r"the measure way is of the form \(4,\) .*expected numbers, \(3,\)"),
+        ({"way": numpy.zeros((3, 2))}, "of the form"),
+        ({"way": ["a", "b", "c"]}, "expected numbers"),
+        ({"way": numpy.array([1, 2, math.nan])}, "of environment 2 is nan"),
+        ({"a b": numpy.zeros(3)}, "measure key 'a b' must be"),
+        ({"rollouts": numpy.zeros(3)}, "rollouts has a name that is noted for something else"),
+        ({"way_ci95": numpy.zeros(3)}, "way_ci95 has a name"),
+    ],
+)
+def test_measures_of_another_form_are_refused_before_anything_is_done(
+    measures: Any, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Counting, "measures", lambda self: measures)
+    simulation = Counting()
+    with pytest.raises(InvalidInput, match=words):
+        roll_out(policy(), simulation, steps=5)
+    assert simulation.actions == []

@@ -124,3 +124,72 @@ def test_modes_stay_what_they_were(policy: DiffusionPolicy, registry: Registry) 
     assert not any(module.training for module in policy.model.modules())
     policy.unload_adapter()
     assert not any(module.training for module in policy.model.modules())
+
+
+def test_a_checkpoint_with_another_network_within_is_refused(policy: DiffusionPolicy, tmp_path: Path) -> None:
+    other = lora(network(seed=5), seed=3)
+    other.save_full_checkpoint(str(tmp_path / "other.pth"))
+    before = action(policy)
+    with pytest.raises(Incompatible, match="holds a network of other weights than the policy's"):
+        policy.load_adapter(tmp_path / "other.pth")
+    assert torch.equal(action(policy), before)
+    mine = lora(network(), seed=3)
+    mine.save_full_checkpoint(str(tmp_path / "mine.pth"))
+    policy.load_adapter(tmp_path / "mine.pth")
+    assert not torch.equal(action(policy), before)
+
+
+def test_what_trains_in_the_network_trains_again_without_the_adapter(
+    policy: DiffusionPolicy, registry: Registry
+) -> None:
+    first = next(policy.model.parameters()).requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in policy.model.parameters()]
+    assert any(flags)
+    policy.load_adapter("registry://robot/one:prod", registry=registry)
+    policy.load_adapter("registry://robot/two:prod", registry=registry)
+    policy.unload_adapter()
+    assert [parameter.requires_grad for parameter in policy.model.parameters()] == flags
+    assert not first.requires_grad
+
+
+@pytest.mark.parametrize("there", [None, "two"])
+@pytest.mark.parametrize("moment", ["on_base", "train"])
+def test_an_interrupt_at_any_moment_leaves_the_policy_as_it_was(
+    policy: DiffusionPolicy, registry: Registry, monkeypatch: pytest.MonkeyPatch, there: str | None, moment: str
+) -> None:
+    if there is not None:
+        policy.load_adapter(f"registry://robot/{there}:prod", registry=registry)
+    before = action(policy)
+    whole = getattr(LoraTransformerForDiffusion, moment)
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        whole(*arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoraTransformerForDiffusion, moment, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            policy.load_adapter("registry://robot/one:prod", registry=registry)
+    assert torch.equal(action(policy), before)
+    policy.load_adapter("registry://robot/one:prod", registry=registry)
+    assert torch.equal(action(policy), loaded(registry, "one"))
+
+
+def test_an_interrupt_while_it_is_taken_off_leaves_it_on(
+    policy: DiffusionPolicy, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy.load_adapter("registry://robot/one:prod", registry=registry)
+    before = action(policy)
+    model: Any = policy.model
+    whole = model.lora_model.unload
+
+    def interrupted() -> None:
+        whole()
+        raise KeyboardInterrupt
+
+    model.lora_model.unload = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        policy.unload_adapter()
+    del model.lora_model.unload
+    assert torch.equal(action(policy), before)
+    policy.unload_adapter()
