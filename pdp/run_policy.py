@@ -95,6 +95,8 @@ def _recorded(section: Any, base: Checkpoint | None) -> Architecture:
         return base.architecture or Architecture("", read_off_shapes(base.base, base.what))
     if section.lora is not None:
         raise ConfigError("policy.lora.base_model_path not set; give the network that the LoRA is for, or policy.model")
+    if section.model is None:
+        raise ConfigError("policy.model is not set; give the network, or in policy.init_from a policy that is there")
     return Architecture("", {})
 
 
