@@ -40,7 +40,7 @@ exhaustive: $(READY) ## Crashes at every stage of what takes long; `make test` l
 study: $(READY) ## The study of docs/cheetah.md in full, its tables and pictures: about half an hour on two cores
 	$(BIN)/python -m examples.cheetah.study
 	$(BIN)/python -m examples.cheetah.report
-	$(BIN)/python -m examples.cheetah.pictures --registry .cheetah/registry
+	$(BIN)/python -m examples.cheetah.pictures --registry .cheetah/full/registry
 
 experts: $(READY) ## The cheetah's experts again, from nothing, into examples/cheetah/experts: about ten minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m examples.cheetah.expert
